@@ -1,0 +1,373 @@
+"""The configuration: frozen dataclasses. A unit stands in the field's name (``_px``, ``_frac``, ``_steps``).
+
+Defaults are the original's official pre-training run (run_scripts/pretrain_m3ae.sh). This module imports nothing of
+ours but the error type; ``presets.py`` holds named configurations and ``cli.py`` reads YAML files and flags.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastm3ae.errors import UserError, nearest
+
+__all__ = [
+    "DataConfig",
+    "FusionConfig",
+    "M3AEConfig",
+    "MIMConfig",
+    "MaskingConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "TextConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "from_dict",
+    "to_dict",
+]
+
+Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
+PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision tower: a CLIP ViT (timm's VisionTransformer) or a Swin (timm's SwinTransformer)."""
+
+    kind: Literal["clip", "swin"] = "clip"
+    """clip: CLIP ViT with pre-norm and QuickGELU. swin: Swin Transformer, whose patches cannot be masked (no MIM)."""
+    weights: str = "random"
+    """Where the tower starts: "random", a timm model name such as "vit_base_patch16_clip_quickgelu_224.openai", or a
+    local file or folder with its weights (timm's, or OpenAI's CLIP)."""
+    image_size_px: int = 288
+    """Height and width of the square input image; position embeddings are resized to it."""
+    patch_size_px: int = 16
+    """Height and width of a patch; 4 for Swin."""
+    width: int = 768
+    """Width of a token; for Swin the width of the first stage. A CLIP ViT has width // 64 heads."""
+    num_blocks: int = 11
+    """Transformer blocks of a CLIP ViT. The original builds one block fewer than its checkpoint has: 11 of 12."""
+    swin_num_blocks: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks per Swin stage."""
+    swin_num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Heads per Swin stage."""
+    swin_drop_path_frac: float = 0.1
+    """Stochastic depth of a Swin's last block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The language tower: RoBERTa or BERT of transformers. Sizes are read from ``weights`` unless that is "random"."""
+
+    kind: Literal["roberta", "bert"] = "roberta"
+    """The architecture; read from ``weights`` unless that is "random"."""
+    weights: str = "random"
+    """Where the tower starts: "random", a hub name such as "roberta-base", or a local folder."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary; None: the tokenizer's."""
+    pad_token_id: int | None = None
+    """Id of the padding token; None: the tokenizer's."""
+    width: int = 768
+    """Width of a token."""
+    num_layers: int = 12
+    """Transformer layers."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_width: int = 3072
+    """Hidden width of the feed-forward network."""
+    max_positions: int = 514
+    """Rows of the position table. RoBERTa uses two more than the longest text."""
+    num_token_types: int = 1
+    """Rows of the token-type table: 1 for RoBERTa, 2 for BERT."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of the layer norms: 1e-5 for RoBERTa, 1e-12 for BERT."""
+    dropout_frac: float = 0.1
+    """Dropout on hidden states and attention, the towers' own (not the fusion's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """Co-attention: one stack of layers per modality, each with self-attention, cross-attention and an FFN."""
+
+    width: int = 768
+    """Width of a token in both streams."""
+    num_layers: int = 6
+    """Layers per stream."""
+    num_heads: int = 12
+    """Attention heads."""
+    mlp_ratio: int = 4
+    """Hidden width of the FFN over its width."""
+    dropout_frac: float = 0.1
+    """Dropout on attention and hidden states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIMConfig:
+    """Masked image modelling: where the pixels are rebuilt from, and by which decoder."""
+
+    layer: int = 3
+    """The decoder reads the image features that enter this fusion layer (0-based); -1: those after the last."""
+    decoder_width: int = 384
+    """Width of a token in the decoder."""
+    decoder_num_layers: int = 4
+    """Transformer blocks of the decoder."""
+    decoder_num_heads: int = 6
+    """Attention heads of the decoder."""
+    normalize_target: bool = True
+    """Rebuild each patch after subtracting its mean and dividing by its standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class M3AEConfig:
+    """The model of "Multi-Modal Masked Autoencoders for Medical Vision-and-Language Pre-Training" (MICCAI 2022)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    mim: MIMConfig = field(default_factory=MIMConfig)
+    objectives: tuple[Objective, ...] = PRETRAINING_OBJECTIVES
+    """Which heads the model has. The training loss is the plain sum of their losses."""
+    num_answers: int = 0
+    """Answers of the VQA head."""
+    num_classes: int = 0
+    """Classes of the classification head."""
+
+    def __post_init__(self) -> None:
+        vision, fusion = self.vision, self.fusion
+        if vision.image_size_px <= 0 or vision.patch_size_px <= 0 or vision.image_size_px % vision.patch_size_px:
+            raise UserError(
+                f"model.vision.image_size_px must be a multiple of model.vision.patch_size_px, "
+                f"got {vision.image_size_px} and {vision.patch_size_px}."
+            )
+        if vision.kind == "clip" and (vision.width % 64 or vision.width <= 0):
+            raise UserError(f"model.vision.width must be a multiple of 64 for a CLIP ViT, got {vision.width}.")
+        if vision.kind == "swin" and vision.image_size_px % 32:
+            raise UserError(f"model.vision.image_size_px must be a multiple of 32 for Swin, got {vision.image_size_px}.")
+        if vision.kind == "swin" and "mim" in self.objectives:
+            raise UserError(
+                'A Swin\'s patches cannot be masked: remove "mim" from model.objectives, '
+                'or use model.vision.kind "clip".'
+            )
+        if "mim" in self.objectives and not -1 <= self.mim.layer < fusion.num_layers:
+            raise UserError(
+                f"model.mim.layer must be -1 (after the last fusion layer) or one of 0 to {fusion.num_layers - 1}, "
+                f"got {self.mim.layer}."
+            )
+        for name, width, heads in (
+            ("model.fusion", fusion.width, fusion.num_heads),
+            ("model.text", self.text.width, self.text.num_heads),
+            ("model.mim.decoder", self.mim.decoder_width, self.mim.decoder_num_heads),
+        ):
+            if heads <= 0 or width % heads:
+                raise UserError(f"{name}: the width must be a multiple of the number of heads, got {width} and {heads}.")
+        if "vqa" in self.objectives and self.num_answers <= 0:
+            raise UserError(f"model.num_answers must be positive for the objective vqa, got {self.num_answers}.")
+        if "classification" in self.objectives and self.num_classes <= 0:
+            raise UserError(
+                f"model.num_classes must be positive for the objective classification, got {self.num_classes}."
+            )
+        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
+            raise UserError(f"model.objectives must name at least one objective, each once, got {self.objectives}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which arrow files are read, and how their images and texts become model inputs."""
+
+    root: str = "data/pretrain_arrows"
+    """Folder with the files {dataset}_{split}.arrow, as ``fastm3ae prepare`` and the original write them."""
+    datasets: tuple[str, ...] = ("medicat", "roco")
+    """Names of the data sets; their files are joined."""
+    tokenizer: str = "roberta-base"
+    """Hub name or local folder of the tokenizer."""
+    max_text_tokens: int = 64
+    """Texts are cut to this many tokens, CLS and SEP included."""
+    train_transform: Literal["clip", "clip_resizedcrop", "clip_randaug", "imagenet"] = "clip"
+    """How a training image becomes a square: see ``fastm3ae.data.images``."""
+    val_transform: Literal["clip", "imagenet"] = "clip"
+    """The same for validation; no augmentation."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop with its file and row, or skip the pair and count it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """How much of the image and of the text is hidden."""
+
+    patch_frac: float = 0.75
+    """Fraction of the patches that masked image modelling hides."""
+    token_frac: float = 0.15
+    """Fraction of the text tokens that masked language modelling hides."""
+    words: Literal["whole_word", "official"] = "whole_word"
+    """whole_word: whole words of the text, at least one. official: the original's rule, whose budget counts padding
+    and which hides single tokens with RoBERTa's vocabulary and nothing at all in some texts."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_frac", "token_frac"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"masking.{name} must lie between 0 and 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW in the original's six parameter groups, warm-up, and a polynomial or cosine decay."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of the towers and the modality embeddings."""
+    head_lr_multiplier: float = 5.0
+    """The heads learn so many times faster."""
+    fusion_lr_multiplier: float = 5.0
+    """The projections, fusion layers and poolers learn so many times faster."""
+    weight_decay: float = 0.01
+    """Weight decay of the decayed groups."""
+    beta1: float = 0.9
+    """Decay of the gradients' running mean."""
+    beta2: float = 0.98
+    """Decay of the squared gradients' running mean."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradients' running mean."""
+    schedule: Literal["polynomial", "cosine"] = "polynomial"
+    """Shape of the decay after the warm-up."""
+    warmup_frac: float = 0.1
+    """Fraction of all steps over which the learning rate rises from 0."""
+    decay_power: float = 1.0
+    """Power of the polynomial decay; 1 is linear."""
+    end_learning_rate: float = 0.0
+    """Where the polynomial decay ends, for every group."""
+    clip_grad_norm: float | None = None
+    """Scale gradients down to this total norm; None: no clipping, as the original."""
+    adamw: Literal["torch", "official"] = "torch"
+    """torch: torch.optim.AdamW (fused where possible). official: the arithmetic of the original's AdamW."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_frac <= 1:
+            raise UserError(f"optim.warmup_frac must lie between 0 and 1, got {self.warmup_frac}.")
+        if self.end_learning_rate >= self.learning_rate:
+            raise UserError(
+                f"optim.end_learning_rate must be below optim.learning_rate, "
+                f"got {self.end_learning_rate} and {self.learning_rate}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how large, how precise, how often."""
+
+    num_steps: int = 100_000
+    """Optimiser steps."""
+    num_epochs: int | None = None
+    """Stop after so many passes over the data, if that comes first."""
+    batch_size: int = 32
+    """Image-text pairs per device and forward pass."""
+    accumulation_steps: int = 1
+    """Forward and backward passes per optimiser step."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    num_workers: int = 8
+    """Processes that decode images and tokenize texts; 0: in the main process. Never changes the results."""
+    log_every_steps: int = 10
+    """How often losses go to metrics.jsonl and TensorBoard."""
+    validate_every_steps: int = 5_000
+    """How often the validation split is evaluated; always at the end."""
+    max_val_batches: int | None = None
+    """Validate on at most so many batches; None: the whole split."""
+    num_pictures: int = 8
+    """Validation pairs drawn into each picture."""
+    save_every_steps: int = 5_000
+    """How often a checkpoint is written; always at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_steps", "batch_size", "accumulation_steps", "log_every_steps", "validate_every_steps",
+                  "save_every_steps", "keep_checkpoints")  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pre-training run."""
+
+    output: str = "runs/pretrain"
+    """The run folder; it must be new or empty."""
+    init_from: str | None = None
+    """A checkpoint to start from: one of ours, or an official .ckpt. Position embeddings are resized."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data, every mask and dropout."""
+    model: M3AEConfig = field(default_factory=M3AEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a dataclass as nested dictionaries of plain values, ready for YAML and JSON (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(config)
+
+
+def from_dict(base: Any, values: dict[str, Any], where: str = "") -> Any:
+    """Returns ``base`` with the fields that ``values`` names replaced, section by section.
+
+    Args:
+        base: A configuration dataclass.
+        values: Nested dictionaries, as a YAML file gives them.
+        where: Dotted name of ``base``, for the error messages.
+
+    Raises:
+        UserError: A key is unknown (the nearest known one is named) or a value has the wrong type.
+    """
+    hints = typing.get_type_hints(type(base))
+    changes = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.') or 'the configuration'} must be a section of keys, got {values!r}.")
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"Unknown configuration key {where}{key}.{nearest(str(key), hints)}")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = from_dict(current, value, f"{where}{key}.")
+        else:
+            changes[key] = _checked(value, hints[key], f"{where}{key}")
+    return dataclasses.replace(base, **changes)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """Returns ``value`` as the type that ``hint`` names, or raises a UserError that names ``where``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _checked(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value not in args:
+            expected = ", ".join(map(repr, args))
+            raise UserError(f"{where} must be one of {expected}, got {value!r}.{nearest(str(value), args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list, got {value!r}.")
+        return tuple(_checked(v, args[0], where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"{where} must be a number, got {value!r}.") from None
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}.")
+    return value

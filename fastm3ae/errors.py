@@ -1,0 +1,35 @@
+"""The user's mistakes. Each message is one sentence: what was wrong, what was expected, and where."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["BadSample", "UserError", "nearest"]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the command prints its message without a traceback and exits with 2."""
+
+
+class BadSample(UserError):
+    """One row of a data file cannot be used, for example because its image bytes are corrupt.
+
+    Args:
+        file: Path of the file that holds the row.
+        row: Zero-based row in that file.
+        image_id: The row's image id.
+        reason: What is wrong with it, as a part of a sentence ("the image cannot be decoded: ...").
+    """
+
+    def __init__(self, file: str, row: int, image_id: str, reason: str) -> None:
+        # All arguments reach Exception.__init__, so that the error survives pickling between loader processes.
+        super().__init__(file, row, image_id, reason)
+        self.file, self.row, self.image_id, self.reason = file, row, image_id, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row} (image_id {self.image_id!r}): {self.reason}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the known word that is most like ``word``, or "" when none is."""
+    matches = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
