@@ -1,0 +1,1 @@
+"""Data: arrow files of image-text pairs, their preparation, and batches of model inputs."""

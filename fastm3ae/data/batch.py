@@ -1,0 +1,118 @@
+"""What the loader gives to the model: dataclasses of tensors, with the texts and ids that reports need."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastm3ae.errors import BadSample
+
+__all__ = ["ClassificationBatch", "ImageTextBatch", "PretrainBatch", "RetrievalBatch", "VqaBatch"]
+
+Batch = TypeVar("Batch", bound="ImageTextBatch")
+
+
+@dataclass(kw_only=True)
+class ImageTextBatch:
+    """B pairs of an image and a text, in the order in which the loader visits them.
+
+    Args:
+        image_BCHW: (B, 3, S, S) uint8, not yet normalised.
+        text_ids_BT: (B, T) int64, CLS and SEP included, padded with the tokenizer's padding id.
+        is_padding_BT: (B, T) bool, True at padding.
+        texts: The B texts as they stand in the file.
+        item_ids: The B image ids.
+        bad_samples: What was left out of this batch; its rows are not among the B pairs.
+    """
+
+    image_BCHW: Tensor
+    text_ids_BT: Tensor
+    is_padding_BT: Tensor
+    texts: list[str]
+    item_ids: list[str]
+    bad_samples: list[BadSample]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Returns the batch with every tensor on ``device``."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: Batch) -> Batch:
+        """Returns the batch with every tensor in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        )
+
+
+@dataclass(kw_only=True)
+class PretrainBatch(ImageTextBatch):
+    """Pairs with every random choice of the three pre-training objectives already made.
+
+    Args:
+        mlm_ids_BT: (B, T) int64, the text with masked, replaced and kept tokens at the predicted positions.
+        mlm_labels_BT: (B, T) int64, the original id where it is to be predicted, else -100.
+        itm_labels_B: (B,) int64, 1: image-text matching sees the true image, 0: a false one.
+        false_image_FCHW: (F, 3, S, S) uint8, the false images of the pairs with label 0, in their order.
+        patch_noise_BN: (B, N) float32 in [0, 1), whose order decides which patches are hidden; N is 0 where the loader
+            was given no patches.
+    """
+
+    mlm_ids_BT: Tensor
+    mlm_labels_BT: Tensor
+    itm_labels_B: Tensor
+    false_image_FCHW: Tensor
+    patch_noise_BN: Tensor
+
+
+@dataclass(kw_only=True)
+class VqaBatch(ImageTextBatch):
+    """Images with questions as texts. A question may have several answers, each with a score.
+
+    Args:
+        answer_ids_BA: (B, A) int64, indices of a question's answers, padded with -1 to the batch's largest number.
+        answer_scores_BA: (B, A) float32, their scores, padded with 0.
+        is_open_B: (B,) bool, False for a closed (yes or no) question.
+        question_ids: The B question ids of the data set.
+        answers: The answers in words, a list for each question.
+    """
+
+    answer_ids_BA: Tensor
+    answer_scores_BA: Tensor
+    is_open_B: Tensor
+    question_ids: list[int]
+    answers: list[list[str]]
+
+
+@dataclass(kw_only=True)
+class ClassificationBatch(ImageTextBatch):
+    """Pairs with a class each.
+
+    Args:
+        label_B: (B,) int64, class indices.
+    """
+
+    label_B: Tensor
+
+
+@dataclass(kw_only=True)
+class RetrievalBatch(ImageTextBatch):
+    """Pairs, each with R texts that were drawn from all texts and mostly belong to other images.
+
+    Args:
+        false_text_ids_BRT: (B, R, T) int64, padded to the T of the true texts.
+        is_false_text_padding_BRT: (B, R, T) bool, True at padding.
+        false_texts: The R drawn texts of each pair.
+    """
+
+    false_text_ids_BRT: Tensor
+    is_false_text_padding_BRT: Tensor
+    false_texts: list[list[str]]
