@@ -1,0 +1,267 @@
+"""Arrow files of images and their texts: one row per image, read through a memory map, written as a stream.
+
+The files are Arrow IPC files named ``{dataset}_{split}.arrow``, as the original's preprocessing writes them
+(prepro/make_arrow.py). A column's *kind* is its type without the width: ``binary``, ``string``, ``int``, ``float``, or
+``list<...>`` of a kind. Reading accepts every width of a kind (``string`` and ``large_string``, and so on).
+"""
+
+import itertools
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from fastm3ae.errors import UserError, nearest
+
+__all__ = ["CAPTION_COLUMNS", "ArrowTable", "dataset_files", "write_pairs"]
+
+CAPTION_COLUMNS = {"image": "binary", "caption": "list<string>", "image_id": "string", "split": "string"}
+"""Columns of a data set of images and captions, in the original's order."""
+
+BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch; a small batch keeps writing light.
+
+_TYPES = {"binary": pa.binary(), "string": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_IS_KIND = {
+    "binary": lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t),
+    "string": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+    "int": pa.types.is_integer,
+    "float": pa.types.is_floating,
+}
+_PANDAS_NAMES = {"binary": "bytes", "string": "unicode", "int": "int64", "float": "float64"}
+
+
+class ArrowTable:
+    """The rows of one or several arrow files, one after the other, left in the files until they are asked for.
+
+    The files are memory-mapped: opening reads no image, and processes on one machine share what was read. Pickling
+    takes only the paths along, so that a table travels to worker processes for nothing.
+
+    Args:
+        paths: The arrow files; each may hold any number of record batches.
+
+    Raises:
+        UserError: A file does not exist, is truncated, or is not an Arrow IPC file.
+    """
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        self.paths = tuple(Path(path) for path in paths)
+        self._batches = [batch for path in self.paths for batch in _open_file(path)]
+        sizes = (batch.rows.num_rows for batch in self._batches)
+        self._starts = list(itertools.accumulate(sizes, initial=0))
+
+    @classmethod
+    def open(cls, paths: Sequence[Path | str], columns: Mapping[str, str]) -> "ArrowTable":
+        """Returns the table after checking the named columns and the integrity of their values; no image is read.
+
+        Args:
+            paths: The arrow files; each may have further columns.
+            columns: Kind of each column that will be read, by name.
+
+        Raises:
+            UserError: A file cannot be read, a column is missing or of another kind, or a value of a column other than
+                ``image`` is null. (A null image is a bad row, not a bad file: ``image_bytes`` reports it.)
+        """
+        table = cls(paths)
+        for batch in table._batches:
+            _check_batch(batch, columns)
+        return table
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __reduce__(self) -> tuple[type["ArrowTable"], tuple[tuple[Path, ...]]]:
+        return ArrowTable, (self.paths,)
+
+    def row(self, index: int, column: str) -> Any:
+        """Returns one value as a Python object."""
+        batch, row = self._find(index)
+        return batch.rows.column(column)[row].as_py()
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a whole column as Python objects, in the order of the rows."""
+        return [value for batch in self._batches for value in batch.rows.column(name).to_pylist()]
+
+    def image_bytes(self, index: int) -> memoryview:
+        """Returns an image's encoded bytes where they lie in the mapped file, without a copy.
+
+        Raises:
+            ValueError: The row has no image.
+        """
+        batch, row = self._find(index)
+        buffer = batch.rows.column("image")[row].as_buffer()
+        if buffer is None:
+            raise ValueError("the row has no image (null)")
+        return memoryview(buffer).cast("B")
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Returns the file that holds a row, and the row's number in that file, from 0."""
+        batch, row = self._find(index)
+        return str(batch.path), batch.first_row + row
+
+    def _find(self, index: int) -> tuple["_Batch", int]:
+        """Returns the batch that holds a row, and the row's number in the batch."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a table of {len(self)} rows")
+        batch = bisect_right(self._starts, index) - 1
+        return self._batches[batch], index - self._starts[batch]
+
+
+def dataset_files(root: Path | str, datasets: Iterable[str], split: str) -> list[Path]:
+    """Returns ``{root}/{dataset}_{split}.arrow`` for each data set.
+
+    Raises:
+        UserError: The folder or one of the files does not exist.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"The data folder {root} does not exist; `fastm3ae prepare` writes one.")
+    present = sorted(path.name for path in root.glob("*.arrow"))
+    names = [f"{dataset}_{split}.arrow" for dataset in datasets]
+    for name in names:
+        if name not in present:
+            found = f"it holds {', '.join(present)}" if present else "it holds no arrow file"
+            raise UserError(f"There is no {name} in the data folder {root}; {found}.{nearest(name, present)}")
+    return [root / name for name in names]
+
+
+def write_pairs(
+    path: Path | str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] = CAPTION_COLUMNS
+) -> int:
+    """Writes rows into an arrow file with the original's schema, as a stream, in memory for one record batch.
+
+    The file appears under its name only when it is complete; an exception leaves what was there before.
+
+    Args:
+        path: The file to write; its folder must exist.
+        rows: One mapping per image, with a value for every column.
+        columns: Kind of each column, in the file's order.
+
+    Returns:
+        The number of rows.
+
+    Deviation: The pandas metadata names no index (as ``pa.Table.from_pandas(..., preserve_index=False)`` does), because
+    a range index states the number of rows, which a stream does not know beforehand.
+    """
+    path = Path(path)
+    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in columns.items()], _pandas_metadata(columns))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            num_rows = 0
+            for chunk in _chunks(rows):
+                arrays = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in columns]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+                num_rows += len(chunk)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_rows
+
+
+def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Mapping[str, Any]]]:
+    """Yields consecutive rows whose images add up to about ``BATCH_BYTES``; one empty list when there are none."""
+    chunk: list[Mapping[str, Any]] = []
+    num_bytes = num_chunks = 0
+    for row in rows:
+        if chunk and num_bytes + len(row["image"]) > BATCH_BYTES:
+            yield chunk
+            chunk, num_bytes, num_chunks = [], 0, num_chunks + 1
+        chunk.append(row)
+        num_bytes += len(row["image"])
+    if chunk or not num_chunks:
+        yield chunk
+
+
+def _arrow_type(kind: str) -> pa.DataType:
+    return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else _TYPES[kind]
+
+
+def _pandas_metadata(columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns the schema metadata from which pandas restores a frame of these columns."""
+
+    def pandas_name(kind: str) -> str:
+        return f"list[{pandas_name(kind[5:-1])}]" if kind.startswith("list<") else _PANDAS_NAMES[kind]
+
+    fields = [
+        {"name": name, "field_name": name, "pandas_type": pandas_name(kind), "numpy_type": "object", "metadata": None}
+        for name, kind in columns.items()
+    ]
+    creator = {"library": "pyarrow", "version": pa.__version__}
+    return {"pandas": json.dumps({"index_columns": [], "column_indexes": [], "columns": fields, "creator": creator})}
+
+
+class _Batch(NamedTuple):
+    """A record batch, its file, and the number of its first row in that file."""
+
+    rows: pa.RecordBatch
+    path: Path
+    first_row: int
+
+
+def _open_file(path: Path) -> list[_Batch]:
+    """Returns the record batches of one arrow file, mapped into memory; one without rows if the file has none."""
+    try:
+        source = pa.memory_map(str(path))
+    except FileNotFoundError:
+        raise UserError(f"The arrow file {path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"The arrow file {path} cannot be opened: {error}.") from None
+    try:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        source.seek(0)
+        if source.read(6) == b"ARROW1":
+            raise UserError(f"{path} is truncated or damaged: it starts as an Arrow file, but {error}.") from None
+        raise UserError(f"{path} is not an Arrow IPC file, as `fastm3ae prepare` writes them: {error}.") from None
+    batches = batches or [_no_rows(reader.schema)]
+    first_rows = itertools.accumulate((batch.num_rows for batch in batches), initial=0)
+    return [_Batch(batch, path, first_row) for batch, first_row in zip(batches, first_rows, strict=False)]
+
+
+def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.record_batch([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _check_batch(batch: _Batch, columns: Mapping[str, str]) -> None:
+    """Raises a UserError unless the batch has the columns, of their kinds, intact and (but for ``image``) not null."""
+    rows, path, first_row = batch
+    names = rows.schema.names
+    for name, kind in columns.items():
+        if names.count(name) != 1:
+            fault = f"has {names.count(name)} columns {name!r}" if name in names else f"has no column {name!r}"
+            raise UserError(f"{path} {fault}; its columns are {', '.join(names)}.{nearest(name, names)}")
+        array = rows.column(name)
+        if not _is_of_kind(array.type, kind):
+            raise UserError(f"{path}: column {name!r} has type {array.type}, expected {kind}.")
+        try:
+            array.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} is damaged in column {name!r}: {error}.") from None
+        if name != "image" and _has_nulls(array):
+            row = first_row + next(i for i, value in enumerate(array.to_pylist()) if _is_or_holds_none(value))
+            raise UserError(f"{path}, row {row}: column {name!r} is null or holds a null; expected {kind}.")
+
+
+def _is_of_kind(found: pa.DataType, kind: str) -> bool:
+    if pa.types.is_null(found):  # What pandas makes of a column without a single value, as in an empty split.
+        return True
+    if kind.startswith("list<"):
+        return _is_list(found) and _is_of_kind(found.value_type, kind[5:-1])
+    return _IS_KIND[kind](found)
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return pa.types.is_list(found) or pa.types.is_large_list(found)
+
+
+def _has_nulls(array: pa.Array) -> bool:
+    return array.null_count > 0 or (_is_list(array.type) and _has_nulls(array.flatten()))
+
+
+def _is_or_holds_none(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and any(_is_or_holds_none(item) for item in value))
