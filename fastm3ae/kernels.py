@@ -1,0 +1,22 @@
+"""Front door of the kernels: ``fastm3ae.kernels.<op>`` are the checked public functions.
+
+The files live in the folder ``kernels`` of the repository, next to the package, and are installed into the package.
+That folder has no ``__init__.py``, because a top-level package of this name would shadow Hugging Face's ``kernels``.
+"""
+
+from pathlib import Path
+
+try:
+    from fastm3ae import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fastm3ae's C++ kernels are not built in {Path(__file__).parent}: run `pip install .` in the repository and "
+        "start Python from another folder, or `pip install -e .` to work on the checkout itself."
+    ) from error
+
+_installed, _checkout = Path(__file__).parent / "kernels", Path(__file__).parents[1] / "kernels"
+__path__ = [str(_installed if _installed.is_dir() else _checkout)]
+
+from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
+
+__all__ = ["masked_pixel_loss"]
