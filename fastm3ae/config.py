@@ -104,8 +104,10 @@ class FusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MIMConfig:
-    """Masked image modelling: where the pixels are rebuilt from, and by which decoder."""
+    """Masked image modelling: how much is hidden, where the pixels are rebuilt from, and by which decoder."""
 
+    patch_frac: float = 0.75
+    """Fraction of the patches that is hidden from the vision tower."""
     layer: int = 3
     """The decoder reads the image features that enter this fusion layer (0-based); -1: those after the last."""
     decoder_width: int = 384
@@ -154,6 +156,8 @@ class M3AEConfig:
                 f"model.mim.layer must be -1 (after the last fusion layer) or one of 0 to {fusion.num_layers - 1}, "
                 f"got {self.mim.layer}."
             )
+        if not 0 < self.mim.patch_frac < 1:
+            raise UserError(f"model.mim.patch_frac must lie between 0 and 1, got {self.mim.patch_frac}.")
         for name, width, heads in (
             ("model.fusion", fusion.width, fusion.num_heads),
             ("model.text", self.text.width, self.text.num_heads),
@@ -193,10 +197,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    """How much of the image and of the text is hidden."""
+    """Which words are hidden from the language tower in masked language modelling."""
 
-    patch_frac: float = 0.75
-    """Fraction of the patches that masked image modelling hides."""
     token_frac: float = 0.15
     """Fraction of the text tokens that masked language modelling hides."""
     words: Literal["whole_word", "official"] = "whole_word"
@@ -204,9 +206,8 @@ class MaskingConfig:
     and which hides single tokens with RoBERTa's vocabulary and nothing at all in some texts."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_frac", "token_frac"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"masking.{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        if not 0 < self.token_frac < 1:
+            raise UserError(f"masking.token_frac must lie between 0 and 1, got {self.token_frac}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +232,8 @@ class OptimConfig:
     """Shape of the decay after the warm-up."""
     warmup_frac: float = 0.1
     """Fraction of all steps over which the learning rate rises from 0."""
+    warmup_steps: int | None = None
+    """The same as a number of steps; None: use warmup_frac."""
     decay_power: float = 1.0
     """Power of the polynomial decay; 1 is linear."""
     end_learning_rate: float = 0.0

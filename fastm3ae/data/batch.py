@@ -12,6 +12,8 @@ from fastm3ae.errors import BadSample
 
 __all__ = ["ClassificationBatch", "ImageTextBatch", "PretrainBatch", "RetrievalBatch", "VqaBatch"]
 
+AnyBatch = TypeVar("AnyBatch", bound="ImageTextBatch")
+
 Batch = TypeVar("Batch", bound="ImageTextBatch")
 
 
@@ -64,6 +66,8 @@ class PretrainBatch(ImageTextBatch):
         false_image_FCHW: (F, 3, S, S) uint8, the false images of the pairs with label 0, in their order.
         patch_noise_BN: (B, N) float32 in [0, 1), whose order decides which patches are hidden; N is 0 where the loader
             was given no patches.
+        masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); made from mlm_labels_BT.
+        false_index_F: (F,) int64, which pairs have the false images; made from itm_labels_B.
     """
 
     mlm_ids_BT: Tensor
@@ -71,6 +75,15 @@ class PretrainBatch(ImageTextBatch):
     itm_labels_B: Tensor
     false_image_FCHW: Tensor
     patch_noise_BN: Tensor
+    masked_index_M: Tensor | None = None
+    false_index_F: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Made here, on the host: finding them on a GPU would make the training step wait for it.
+        if self.masked_index_M is None:
+            self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
+        if self.false_index_F is None:
+            self.false_index_F = (self.itm_labels_B == 0).nonzero().flatten()
 
 
 @dataclass(kw_only=True)

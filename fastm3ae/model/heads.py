@@ -1,0 +1,109 @@
+"""What stands behind the fusion: poolers, the decoder of masked images, and the heads.
+
+Source: official files m3ae/modules/prediction_heads.py, position_embeddings.py and m3ae_module.py.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import QuickGELU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fastm3ae.config import MIMConfig
+
+__all__ = ["AnswerHead", "MIMDecoder", "MLMHead", "Pooler", "sincos_positions"]
+
+
+class Pooler(nn.Module):
+    """tanh(W x_0 + b) of the first token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        """Returns (B, D)."""
+        return torch.tanh(self.dense(tokens_BLD[:, 0]))
+
+
+class MLMHead(nn.Module):
+    """Logits over the vocabulary: W_v LN(GELU(W x + b)) + b_v; W_v is not tied to the embeddings."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder = nn.Linear(width, vocab_size)
+
+    def forward(self, tokens_MD: Tensor) -> Tensor:
+        """Returns logits (M, V) of any number of tokens (M, D)."""
+        return self.decoder(self.norm(F.gelu(self.dense(tokens_MD))))
+
+
+class AnswerHead(nn.Sequential):
+    """W_2 GELU(LN(W_1 x + b_1)) + b_2: the head of visual question answering and of classification."""
+
+    def __init__(self, width: int, num_labels: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, num_labels))
+
+
+class MIMDecoder(nn.Module):
+    """Rebuilds the pixels of all patches from the features of the visible ones.
+
+    Visible features and a learned mask token are put back into image order, get fixed 2-D sine-cosine positions, and
+    pass CLIP-style blocks, a norm and a product to pixels.
+
+    Source: M3AE, section 2.2; MIMHead in m3ae/modules/prediction_heads.py.
+    """
+
+    def __init__(self, config: MIMConfig, input_width: int, num_patches: int, patch_size_px: int) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.embed = nn.Linear(input_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = torch.from_numpy(sincos_positions(width, round(num_patches**0.5))).float()
+        self.register_buffer("positions", positions.unsqueeze(0), persistent=False)
+        norm = partial(nn.LayerNorm, eps=1e-5)
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_num_heads, qkv_bias=True, act_layer=QuickGELU, norm_layer=norm)
+            for _ in range(config.decoder_num_layers)
+        )
+        self.norm = norm(width)
+        self.pixels = nn.Linear(width, 3 * patch_size_px**2)
+
+    def forward(self, visible_BLD: Tensor, restore_BN: Tensor) -> Tensor:
+        """Returns predicted pixels (B, N, P) of all patches, in (row, column, channel) order within a patch.
+
+        Args:
+            visible_BLD: Features of CLS and the K visible patches, in the order in which they were kept.
+            restore_BN: int64; for each patch its place in "kept patches, then hidden patches".
+        """
+        x_BLD = self.embed(visible_BLD)
+        num_hidden = restore_BN.shape[1] - (x_BLD.shape[1] - 1)
+        mask_tokens = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), num_hidden, -1)
+        x_BND = torch.cat([x_BLD[:, 1:], mask_tokens], dim=1)
+        x_BND = x_BND.gather(1, restore_BN.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+        x_BLD = torch.cat([x_BLD[:, :1], x_BND], dim=1) + self.positions.to(x_BLD.dtype)
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        return self.pixels(self.norm(x_BLD)[:, 1:])
+
+
+def sincos_positions(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D positions: half of the width codes the column, half the row, as sines and cosines of w_i * position.
+
+    w_i = 10000^(-i / (width / 4)), i = 0 ... width / 4 - 1.
+
+    Returns:
+        (1 + grid^2, width) float64; the first row, of CLS, is zero.
+
+    Source: MAE (He et al. 2022); m3ae/modules/position_embeddings.py.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
+    angles = np.outer(np.arange(grid, dtype=np.float64), frequencies)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    patches = np.concatenate([np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)], axis=1)
+    return np.concatenate([np.zeros((1, width)), patches])

@@ -1,0 +1,172 @@
+"""M3AE: one model, and for each objective the pass that gives what its loss reads.
+
+Source: Chen et al., "Multi-Modal Masked Autoencoders for Medical Vision-and-Language Pre-Training" (MICCAI 2022);
+official file m3ae/modules/m3ae_module.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastm3ae.config import M3AEConfig
+from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
+from fastm3ae.masking import split_patches
+from fastm3ae.model.fusion import CoAttentionFusion, FusionStates
+from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, Pooler
+from fastm3ae.model.text import build_text, encode_tokens
+from fastm3ae.model.vision import build_vision, encode_pixels
+
+__all__ = ["M3AE", "MIMOutputs"]
+
+
+class MIMOutputs(NamedTuple):
+    """What masked image modelling gives.
+
+    Args:
+        pred_BNP: Predicted pixels of all patches.
+        is_hidden_BN: True where a patch was hidden from the encoder.
+    """
+
+    pred_BNP: Tensor
+    is_hidden_BN: Tensor
+
+
+class M3AE(nn.Module):
+    """Vision tower, language tower, projections, co-attention fusion, poolers, and a head for each objective.
+
+    Images are normalised pixels (float), of size ``config.vision.image_size_px``.
+
+    Args:
+        config: The model's configuration, with the vocabulary resolved (``fastm3ae.model.pretrained.resolve_text``).
+    """
+
+    def __init__(self, config: M3AEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, objectives = config.fusion.width, config.objectives
+        self.vision = build_vision(config.vision)
+        self.text = build_text(config.text)
+        self.image_proj = nn.Linear(self.vision.num_features, width)
+        self.text_proj = nn.Linear(config.text.width, width)
+        self.modality_embeddings = nn.Embedding(2, width)
+        self.fusion = CoAttentionFusion(config.fusion)
+        self.image_pooler = Pooler(width)
+        self.text_pooler = Pooler(width)
+        if "mlm" in objectives:
+            self.mlm_head = MLMHead(width, config.text.vocab_size)
+        if "mim" in objectives:
+            num_patches = (config.vision.image_size_px // config.vision.patch_size_px) ** 2
+            self.mim_decoder = MIMDecoder(config.mim, width, num_patches, config.vision.patch_size_px)
+        if "itm" in objectives or "retrieval" in objectives:
+            self.itm_head = nn.Linear(2 * width, 2)
+        if "vqa" in objectives:
+            self.vqa_head = AnswerHead(2 * width, config.num_answers)
+        if "classification" in objectives:
+            self.classification_head = AnswerHead(2 * width, config.num_classes)
+        if "retrieval" in objectives:
+            self.retrieval_head = nn.Linear(2 * width, 1)
+        for name, module in self.named_children():
+            if name not in ("vision", "text"):
+                module.apply(_init_weights)
+        if "mim" in objectives:
+            nn.init.normal_(self.mim_decoder.mask_token, std=0.02)
+            for block in self.mim_decoder.blocks:
+                nn.init.xavier_uniform_(block.attn.qkv.weight)  # the original's initialisation misses in_proj_weight
+        if "retrieval" in objectives:
+            self.init_retrieval_head()
+
+    def init_retrieval_head(self) -> None:
+        """Starts the retrieval head from the matching row of the ITM head, which is frozen.
+
+        Deviation: in the original both share storage until the model moves to a GPU; here they are two tensors.
+        """
+        with torch.no_grad():
+            self.retrieval_head.weight.copy_(self.itm_head.weight[1:])
+            self.retrieval_head.bias.copy_(self.itm_head.bias[1:])
+        self.itm_head.requires_grad_(False)
+
+    def encode_text(self, ids_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
+        """Returns a text's features before fusion, modality embedding included: (B, T, D)."""
+        hidden_BTD = encode_tokens(self.text, ids_BT, is_padding_BT)
+        return self.text_proj(hidden_BTD) + self.modality_embeddings.weight[0]
+
+    def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Returns an image's features before fusion, modality embedding included: (B, L, D).
+
+        Args:
+            image_BCHW: Normalised pixels.
+            keep_BK: int64 indices of the visible patches; None: all patches are visible.
+        """
+        hidden_BLD = encode_pixels(self.vision, image_BCHW, keep_BK)
+        return self.image_proj(hidden_BLD) + self.modality_embeddings.weight[1]
+
+    def pool(self, states: FusionStates) -> Tensor:
+        """Returns the pooled text and image features (B, 2 D) of the last fusion layer.
+
+        The image is pooled from CLS, or from the mean over all tokens where the tower (Swin) has no CLS.
+        """
+        image_BLD = states.image[-1]
+        if self.config.vision.kind == "swin":
+            image_BLD = image_BLD.mean(dim=1, keepdim=True)
+        return torch.cat([self.text_pooler(states.text[-1]), self.image_pooler(image_BLD)], dim=-1)
+
+    def cls_features(self, image_BCHW: Tensor, ids_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
+        """Returns the pooled features (B, 2 D) of unmasked images and texts."""
+        text_BTD = self.encode_text(ids_BT, is_padding_BT)
+        return self.pool(self.fusion(text_BTD, self.encode_image(image_BCHW), is_padding_BT))
+
+    def mlm(self, batch: PretrainBatch) -> Tensor:
+        """Returns the logits (M, V) of the masked tokens, from the masked text and the whole image."""
+        text_BTD = self.encode_text(batch.mlm_ids_BT, batch.is_padding_BT)
+        states = self.fusion(text_BTD, self.encode_image(batch.image_BCHW), batch.is_padding_BT)
+        return self.mlm_head(states.text[-1].flatten(0, 1)[batch.masked_index_M])
+
+    def mim(self, batch: PretrainBatch) -> MIMOutputs:
+        """Rebuilds the pixels from the visible patches and the unmasked text, fused up to the layer that MIM reads."""
+        keep_BK, restore_BN, is_hidden_BN = split_patches(batch.patch_noise_BN, self.config.mim.patch_frac)
+        text_BTD = self.encode_text(batch.text_ids_BT, batch.is_padding_BT)
+        image_BLD = self.encode_image(batch.image_BCHW, keep_BK)
+        layer = self.config.mim.layer
+        states = self.fusion(text_BTD, image_BLD, batch.is_padding_BT, num_layers=None if layer == -1 else layer)
+        return MIMOutputs(self.mim_decoder(states.image[-1], restore_BN), is_hidden_BN)
+
+    def itm(self, batch: PretrainBatch) -> Tensor:
+        """Returns the logits (B, 2) of "image and text belong together" (index 1), half of the images being false."""
+        image_BCHW = batch.image_BCHW.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
+        return self.itm_head(self.cls_features(image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
+
+    def vqa(self, batch: ImageTextBatch) -> Tensor:
+        """Returns the logits (B, num_answers) of the answers."""
+        return self.vqa_head(self.cls_features(batch.image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
+
+    def classification(self, batch: ImageTextBatch) -> Tensor:
+        """Returns the logits (B, num_classes) of the classes."""
+        return self.classification_head(self.cls_features(batch.image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
+
+    def retrieval(self, batch: RetrievalBatch) -> Tensor:
+        """Returns the scores (B, 1 + R) of each image with its own text and with R false texts."""
+        ids_BRT = torch.cat([batch.text_ids_BT[:, None], batch.false_text_ids_BRT], dim=1)
+        is_padding_BRT = torch.cat([batch.is_padding_BT[:, None], batch.is_false_text_padding_BRT], dim=1)
+        num_texts = ids_BRT.shape[1]
+        # The vision tower has no dropout, so encoding an image once is what encoding it for each text gives.
+        image_BLD = self.encode_image(batch.image_BCHW).repeat_interleave(num_texts, dim=0)
+        text_BTD = self.encode_text(ids_BRT.flatten(0, 1), is_padding_BRT.flatten(0, 1))
+        cls_BE = self.pool(self.fusion(text_BTD, image_BLD, is_padding_BRT.flatten(0, 1)))
+        return self.retrieval_head(cls_BE).view(-1, num_texts)
+
+    def forward(self, batch: ImageTextBatch) -> dict[str, Any]:
+        """Runs the pass of each of the model's objectives.
+
+        Returns:
+            For each objective in ``config.objectives``, by name, what ``fastm3ae.objectives`` makes its loss of.
+        """
+        return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Source: init_weights in m3ae/modules/m3ae_utils.py."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

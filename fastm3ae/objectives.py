@@ -1,0 +1,111 @@
+"""The losses: pure functions of a model's outputs and the batch.
+
+Each gives the mean loss, the number that it is a mean over (so that means of several batches or processes can be
+joined exactly), and metrics as sums and counts. Source: official file m3ae/modules/objectives.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastm3ae.config import M3AEConfig
+from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.kernels import masked_pixel_loss
+from fastm3ae.model.m3ae import MIMOutputs
+
+__all__ = ["OBJECTIVES", "Loss", "classification", "itm", "losses", "mim", "mlm", "retrieval", "total", "vqa"]
+
+
+class Loss(NamedTuple):
+    """One objective on one batch.
+
+    Args:
+        mean: The mean loss, a scalar with a gradient.
+        count: What it is a mean over: masked tokens, hidden patches or samples; a float scalar.
+        sums: For each metric its sum over ``count``, so that sum / count is the metric.
+    """
+
+    mean: Tensor
+    count: Tensor
+    sums: dict[str, Tensor]
+
+
+def mlm(logits_MV: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
+    """Cross entropy at the masked tokens, averaged over them; 0 when there are none.
+
+    Deviation: the original gives NaN when a batch has no masked token.
+    """
+    labels_M = batch.mlm_labels_BT.flatten()[batch.masked_index_M]
+    count = logits_MV.new_tensor(len(labels_M), dtype=torch.float32)
+    loss = F.cross_entropy(logits_MV, labels_M, reduction="sum") / count.clamp(min=1)
+    return Loss(loss, count, {"accuracy": (logits_MV.argmax(-1) == labels_M).sum()})
+
+
+def mim(outputs: MIMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
+    """Mean square error of the pixels, averaged over a patch's pixels and the batch's hidden patches."""
+    pred_BNP, is_hidden_BN = outputs
+    loss = masked_pixel_loss(
+        pred_BNP,
+        batch.image_BCHW,
+        is_hidden_BN,
+        patch_size_px=config.vision.patch_size_px,
+        normalize_target=config.mim.normalize_target,
+    )
+    return Loss(loss, is_hidden_BN.sum().float(), {})
+
+
+def itm(logits_B2: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
+    """Cross entropy of "image and text belong together"."""
+    return _cross_entropy(logits_B2, batch.itm_labels_B)
+
+
+def vqa(logits_BA: Tensor, batch: VqaBatch, config: M3AEConfig) -> Loss:
+    """Binary cross entropy with the answers' scores, averaged over samples and answers, times the number of answers.
+
+    The metric is the score of the answer with the largest logit.
+    """
+    # Answer ids are padded with -1, which goes to an extra column that is cut off again.
+    targets = logits_BA.new_zeros(len(logits_BA), config.num_answers + 1)
+    index = batch.answer_ids_BA.where(batch.answer_ids_BA >= 0, config.num_answers)
+    targets = targets.scatter(1, index, batch.answer_scores_BA.to(targets.dtype))[:, : config.num_answers]
+    loss = F.binary_cross_entropy_with_logits(logits_BA, targets) * config.num_answers
+    score_B = targets.gather(1, logits_BA.argmax(-1, keepdim=True))
+    return Loss(loss, logits_BA.new_tensor(len(logits_BA), dtype=torch.float32), {"score": score_B.sum()})
+
+
+def classification(logits_BC: Tensor, batch: ClassificationBatch, config: M3AEConfig) -> Loss:
+    """Cross entropy of the class."""
+    return _cross_entropy(logits_BC, batch.label_B)
+
+
+def retrieval(scores_BR: Tensor, batch: RetrievalBatch, config: M3AEConfig) -> Loss:
+    """Cross entropy of the true text, at index 0, among the false ones."""
+    return _cross_entropy(scores_BR, torch.zeros(len(scores_BR), dtype=torch.int64, device=scores_BR.device))
+
+
+def _cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Loss:
+    count = logits_BC.new_tensor(len(labels_B), dtype=torch.float32)
+    return Loss(F.cross_entropy(logits_BC, labels_B), count, {"accuracy": (logits_BC.argmax(-1) == labels_B).sum()})
+
+
+OBJECTIVES: Mapping[str, Callable[[Any, Any, M3AEConfig], Loss]] = {
+    "mlm": mlm,
+    "mim": mim,
+    "itm": itm,
+    "vqa": vqa,
+    "classification": classification,
+    "retrieval": retrieval,
+}
+
+
+def losses(outputs: Mapping[str, Any], batch: Any, config: M3AEConfig) -> dict[str, Loss]:
+    """Returns the loss of each objective that the model ran."""
+    return {name: OBJECTIVES[name](output, batch, config) for name, output in outputs.items()}
+
+
+def total(results: Mapping[str, Loss]) -> Tensor:
+    """Returns the plain sum of the objectives' mean losses."""
+    return torch.stack([loss.mean for loss in results.values()]).sum()
