@@ -50,8 +50,7 @@ def write_table(path, table, rows_per_batch=None):
 def read_rows(table):
     names = ("caption", "image_id", "split")
     return [
-        {"image": bytes(table.image_bytes(i))} | {name: table.row(i, name) for name in names}
-        for i in range(len(table))
+        {"image": bytes(table.image_bytes(i))} | {name: table.row(i, name) for name in names} for i in range(len(table))
     ]
 
 

@@ -1,0 +1,151 @@
+"""Images: encoded bytes -> grey or RGB levels -> a square of 8-bit pixels -> the float input of a vision tower.
+
+Pixels stay 8-bit until they are on the device that computes: a quarter of the bytes to collate, copy and keep.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision import transforms
+
+from fastm3ae.errors import UserError, nearest
+
+__all__ = ["TRANSFORMS", "decode_image", "make_transform", "normalization", "normalize"]
+
+TRANSFORMS = ("clip", "clip_resizedcrop", "clip_randaug", "imagenet")
+"""Names that ``make_transform`` and ``normalization`` know."""
+
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official"] = "composite") -> Image.Image:
+    """Returns the image with 8 bits per level, grey as ``L`` and colour as ``RGB``.
+
+    Grey images of more than 8 bits are scaled linearly, their darkest pixel to 0 and their brightest to 255. The first
+    frame of an animation or a stack counts. EXIF orientation is ignored, as by the original.
+
+    Args:
+        data: An encoded image in any format that Pillow reads.
+        alpha: What becomes of a transparent image. composite: it is laid over black. official: it is returned as
+            ``RGBA``, and the transform weights colours by alpha when it resizes, then drops alpha. Opaque images do not
+            depend on this choice.
+
+    Raises:
+        ValueError: The bytes are no image, a truncated or damaged one, or one with more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``. The message is a part of a sentence.
+
+    Source: m3ae/datasets/base_dataset.py, ``get_raw_image``.
+    Deviation: The original opens every image as ``RGBA``, which for opaque images gives the same pixels in more time,
+        keeps the colours of transparent pixels, and clips grey levels over 255 to white.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}")
+        image.load()
+    except UnidentifiedImageError:
+        raise ValueError(f"the {len(data)} bytes are no image of a known format") from None
+    except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scale_levels(image)
+    if image.has_transparency_data:
+        return _resolve_alpha(image.convert("RGBA"), alpha)
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], torch.Tensor]:
+    """Returns the function that makes a square of an image of any size.
+
+    ``clip`` and ``imagenet`` resize the shorter side (bicubic) and cut out the centre. ``clip_resizedcrop`` resizes a
+    random 90 to 100 % of the area, of aspect ratio 3/4 to 4/3. ``clip_randaug`` applies two random operations of
+    magnitude 9 before it does as ``clip``. The random ones draw from torch's global generator.
+
+    Args:
+        name: One of ``TRANSFORMS``.
+        image_size_px: Height and width of the result.
+
+    Returns:
+        A function from an image of ``decode_image`` to a uint8 tensor (3, image_size_px, image_size_px).
+
+    Raises:
+        UserError: The name is unknown.
+
+    Source: m3ae/transforms/transform.py.
+    Deviation: The operations of RandAugment are torchvision's. The original's list has SolarizeAdd (which fails with
+        today's numpy) in place of Identity, and other strengths: it only ever lowers brightness, contrast and colour,
+        and posterises to a single bit.
+    """
+    _check_name(name)
+    size, bicubic = image_size_px, transforms.InterpolationMode.BICUBIC
+    centre = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
+    steps: dict[str, list[Callable]] = {
+        "clip": centre,
+        "imagenet": centre,
+        "clip_resizedcrop": [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)],
+        "clip_randaug": [transforms.RandAugment(num_ops=2, magnitude=9), *centre],
+    }
+    # Grey images become RGB last, as in the original: the same pixels for a third of the work.
+    return transforms.Compose([*steps[name], _to_rgb, transforms.PILToTensor()])
+
+
+def normalization(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean and the standard deviation of a transform's images over 255, each float32 (3, 1, 1).
+
+    Raises:
+        UserError: The name is not one of ``TRANSFORMS``.
+    """
+    _check_name(name)
+    mean, std = _IMAGENET if name == "imagenet" else _CLIP
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+
+def normalize(image_BCHW: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Returns (x / 255 - mean) / std, rounded after each operation as torchvision's ToTensor and Normalize round.
+
+    Args:
+        image_BCHW: Pixels, uint8 (B, 3, H, W).
+        mean: float32 (3, 1, 1), on the same device.
+        std: float32 (3, 1, 1), on the same device.
+
+    Returns:
+        float32 (B, 3, H, W).
+    """
+    return image_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _check_name(name: str) -> None:
+    if name not in TRANSFORMS:
+        known = ", ".join(TRANSFORMS)
+        raise UserError(f"The transform must be one of {known}, got {name!r}.{nearest(name, TRANSFORMS)}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _scale_levels(image: Image.Image) -> Image.Image:
+    """Returns (x - min) / (max - min) * 255 as 8-bit grey; a constant image becomes black."""
+    levels = np.asarray(image).astype(np.float64)
+    low, high = levels.min(), levels.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("the image has pixels that are not finite numbers")
+    scale = 255 / (high - low) if high > low else 0.0
+    return Image.fromarray(np.rint((levels - low) * scale).astype(np.uint8))
+
+
+def _resolve_alpha(image: Image.Image, alpha: Literal["composite", "official"]) -> Image.Image:
+    least_alpha, _ = image.getextrema()[3]
+    if least_alpha == 255:
+        return image.convert("RGB")
+    if alpha == "official":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
