@@ -1,7 +1,8 @@
 """The losses: pure functions of a model's outputs and the batch.
 
-Each gives the mean loss, the number that it is a mean over (so that means of several batches or processes can be
-joined exactly), and metrics as sums and counts. Source: official file m3ae/modules/objectives.py.
+Each gives the mean loss and its metrics as sums. ``num_averaged`` says, before anything is computed and without asking
+the device, over how many masked tokens, hidden patches or samples a batch's mean is taken; with it the means of
+several batches or processes join exactly. Source: official file m3ae/modules/objectives.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +15,22 @@ from torch import Tensor
 from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
 from fastm3ae.kernels import masked_pixel_loss
+from fastm3ae.masking import num_kept_patches
 from fastm3ae.model.m3ae import MIMOutputs
 
-__all__ = ["OBJECTIVES", "Loss", "classification", "itm", "losses", "mim", "mlm", "retrieval", "total", "vqa"]
+__all__ = [
+    "OBJECTIVES",
+    "Loss",
+    "classification",
+    "itm",
+    "losses",
+    "mim",
+    "mlm",
+    "num_averaged",
+    "retrieval",
+    "total",
+    "vqa",
+]
 
 
 class Loss(NamedTuple):
@@ -24,13 +38,21 @@ class Loss(NamedTuple):
 
     Args:
         mean: The mean loss, a scalar with a gradient.
-        count: What it is a mean over: masked tokens, hidden patches or samples; a float scalar.
-        sums: For each metric its sum over ``count``, so that sum / count is the metric.
+        sums: For each metric its sum, to be divided by ``num_averaged``.
     """
 
     mean: Tensor
-    count: Tensor
     sums: dict[str, Tensor]
+
+
+def num_averaged(objective: str, batch: Any, config: M3AEConfig) -> int:
+    """Returns over how many masked tokens (mlm), hidden patches (mim) or samples an objective's mean is taken."""
+    if objective == "mlm":
+        return len(batch.masked_index_M)
+    if objective == "mim":
+        num_patches = batch.patch_noise_BN.shape[1]
+        return len(batch) * (num_patches - num_kept_patches(num_patches, config.mim.patch_frac))
+    return len(batch)
 
 
 def mlm(logits_MV: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
@@ -39,9 +61,8 @@ def mlm(logits_MV: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
     Deviation: the original gives NaN when a batch has no masked token.
     """
     labels_M = batch.mlm_labels_BT.flatten()[batch.masked_index_M]
-    count = logits_MV.new_tensor(len(labels_M), dtype=torch.float32)
-    loss = F.cross_entropy(logits_MV, labels_M, reduction="sum") / count.clamp(min=1)
-    return Loss(loss, count, {"accuracy": (logits_MV.argmax(-1) == labels_M).sum()})
+    loss = F.cross_entropy(logits_MV, labels_M, reduction="sum") / max(1, len(labels_M))
+    return Loss(loss, {"accuracy": (logits_MV.argmax(-1) == labels_M).sum()})
 
 
 def mim(outputs: MIMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
@@ -54,7 +75,7 @@ def mim(outputs: MIMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
         patch_size_px=config.vision.patch_size_px,
         normalize_target=config.mim.normalize_target,
     )
-    return Loss(loss, is_hidden_BN.sum().float(), {})
+    return Loss(loss, {})
 
 
 def itm(logits_B2: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
@@ -73,7 +94,7 @@ def vqa(logits_BA: Tensor, batch: VqaBatch, config: M3AEConfig) -> Loss:
     targets = targets.scatter(1, index, batch.answer_scores_BA.to(targets.dtype))[:, : config.num_answers]
     loss = F.binary_cross_entropy_with_logits(logits_BA, targets) * config.num_answers
     score_B = targets.gather(1, logits_BA.argmax(-1, keepdim=True))
-    return Loss(loss, logits_BA.new_tensor(len(logits_BA), dtype=torch.float32), {"score": score_B.sum()})
+    return Loss(loss, {"score": score_B.sum()})
 
 
 def classification(logits_BC: Tensor, batch: ClassificationBatch, config: M3AEConfig) -> Loss:
@@ -87,8 +108,7 @@ def retrieval(scores_BR: Tensor, batch: RetrievalBatch, config: M3AEConfig) -> L
 
 
 def _cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Loss:
-    count = logits_BC.new_tensor(len(labels_B), dtype=torch.float32)
-    return Loss(F.cross_entropy(logits_BC, labels_B), count, {"accuracy": (logits_BC.argmax(-1) == labels_B).sum()})
+    return Loss(F.cross_entropy(logits_BC, labels_B), {"accuracy": (logits_BC.argmax(-1) == labels_B).sum()})
 
 
 OBJECTIVES: Mapping[str, Callable[[Any, Any, M3AEConfig], Loss]] = {

@@ -298,5 +298,5 @@ def check_metrics(
             name, (None, None)
         )
         if objective in losses:
-            got = losses[objective].sums[metric] / losses[objective].count
+            got = losses[objective].sums[metric] / len(batches[objective])
             yield compare(f"metrics/{name}", got, torch.tensor(want, dtype=got.dtype), **FLOAT32)

@@ -1,0 +1,279 @@
+"""Where a model's weights come from and go to: hub names, local folders, checkpoints of ours and of the original."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, RobertaModel
+
+from fastm3ae.config import M3AEConfig, TextConfig, from_dict, to_dict
+from fastm3ae.convert import config_from_official, from_official, read_official, unused_by_original
+from fastm3ae.errors import UserError
+from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.vision import resize_bias_tables, resize_positions
+
+__all__ = [
+    "WEIGHTS_FILE",
+    "LoadReport",
+    "init_model",
+    "load_model",
+    "load_tower_weights",
+    "read_weights",
+    "resolve_text",
+    "save_model",
+]
+
+WEIGHTS_FILE = "model.safetensors"
+HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.")
+
+
+class LoadReport(NamedTuple):
+    """What a checkpoint did not cover.
+
+    Args:
+        new: Heads of the model that the checkpoint lacks; they keep their initial weights.
+        ignored: Tensors of the checkpoint that the model has no place for.
+    """
+
+    new: list[str]
+    ignored: list[str]
+
+
+def resolve_text(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
+    """Fills in what the tokenizer and, unless the tower starts at random, the pretrained tower's own files say.
+
+    Raises:
+        UserError: The weights can't be found, are of another architecture, or have too small a vocabulary.
+    """
+    if config.weights != "random":
+        pretrained = _from_hub(AutoConfig.from_pretrained, config.weights, "model.text.weights")
+        if pretrained.model_type not in ("roberta", "bert"):
+            raise UserError(
+                f"model.text.weights {config.weights!r} is of the type {pretrained.model_type!r}, "
+                f"expected 'roberta' or 'bert'."
+            )
+        config = dataclasses.replace(
+            config,
+            kind=pretrained.model_type,
+            vocab_size=pretrained.vocab_size,
+            pad_token_id=pretrained.pad_token_id,
+            width=pretrained.hidden_size,
+            num_layers=pretrained.num_hidden_layers,
+            num_heads=pretrained.num_attention_heads,
+            mlp_width=pretrained.intermediate_size,
+            max_positions=pretrained.max_position_embeddings,
+            num_token_types=pretrained.type_vocab_size,
+            layer_norm_eps=pretrained.layer_norm_eps,
+        )
+    vocab_size = len(tokenizer) if config.vocab_size is None else config.vocab_size
+    pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    if vocab_size < len(tokenizer):
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} entries, but model.text.vocab_size is {vocab_size}: "
+            f"use the tokenizer that belongs to the language tower."
+        )
+    if pad_token_id != tokenizer.pad_token_id:
+        raise UserError(
+            f"The tokenizer pads with the id {tokenizer.pad_token_id}, the language tower with {pad_token_id}: "
+            f"use the tokenizer that belongs to the language tower."
+        )
+    return dataclasses.replace(config, vocab_size=vocab_size, pad_token_id=pad_token_id)
+
+
+def load_tower_weights(model: M3AE) -> None:
+    """Loads the pretrained towers that ``vision.weights`` and ``text.weights`` name; "random" leaves a tower alone.
+
+    Raises:
+        UserError: The weights can't be found or are of another architecture.
+    """
+    vision, text = model.config.vision, model.config.text
+    if vision.weights != "random":
+        _load_vision(model, vision.weights)
+    if text.weights != "random":
+        tower = RobertaModel if text.kind == "roberta" else BertModel
+        pretrained = _from_hub(tower.from_pretrained, text.weights, "model.text.weights")
+        model.text.load_state_dict(pretrained.state_dict())
+
+
+def _from_hub(load, name: str, key: str):
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key} {name!r} is neither a local folder with the model's files nor to be had from the Hugging Face hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _load_vision(model: M3AE, name: str) -> None:
+    path = Path(name).expanduser()
+    if path.exists():
+        state = read_tensors(path)
+    else:
+        try:
+            state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(
+                f"model.vision.weights {name!r} is neither a local file or folder nor a timm model that can be had: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    if any(key.startswith("visual.") for key in state):  # OpenAI's CLIP, which official checkpoints hold too
+        state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model)
+    else:
+        state = {f"vision.{key}": tensor for key, tensor in state.items()}
+    state = _resized(state, model)
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("vision.")}
+    differences = _differences(own, state)
+    if differences:
+        raise UserError(f"model.vision.weights {name!r} is of another architecture: {_some(differences)}.")
+    model.load_state_dict({key: state[key].float() for key in own}, strict=False)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict from a safetensors or torch file, or from the one in a folder, without running its code.
+
+    Raises:
+        UserError: There is no such file, or it holds no tensors.
+    """
+    if path.is_dir():
+        names = (WEIGHTS_FILE, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} holds no weights: expected one of {', '.join(names)}.")
+        path = found[0]
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)[0]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a broken file; its first line says what was wrong
+        raise UserError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict: expected a dictionary of tensors.")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def save_model(model: M3AE, folder: Path) -> None:
+    """Writes weights and configuration to ``folder``/model.safetensors."""
+    config = json.dumps(to_dict(model.config))
+    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt", "fastm3ae_config": config})
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], M3AEConfig | None]:
+    """Reads one of our checkpoints (its folder or file), or an official .ckpt.
+
+    Returns:
+        The state dict, under our names for one of ours and under the official ones for an official one, and the
+        model's configuration, None where the file doesn't hold one.
+
+    Raises:
+        UserError: There is no such checkpoint, or it can't be read.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint file.")
+    if path.suffix != ".safetensors":
+        official = read_official(path)
+        config = config_from_official(official.config, official.state) if official.config else None
+        return official.state, config
+    state, metadata = _read_safetensors(path)
+    if "fastm3ae_config" not in metadata:
+        raise UserError(f"{path} is not a fastm3ae checkpoint: its header holds no configuration.")
+    return state, from_dict(M3AEConfig(), json.loads(metadata["fastm3ae_config"]))
+
+
+def load_model(path: Path) -> M3AE:
+    """Builds the model that a checkpoint was made of, with its weights.
+
+    Args:
+        path: One of our checkpoints (its folder or file), or an official .ckpt that holds its configuration.
+
+    Raises:
+        UserError: The checkpoint can't be read, or does not say its configuration.
+    """
+    _, config = read_weights(path)
+    if config is None:
+        raise UserError(f"{path} does not hold its configuration: build the model and use init_model.")
+    model = M3AE(config)
+    init_model(model, path)
+    return model
+
+
+def init_model(model: M3AE, path: Path) -> LoadReport:
+    """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
+
+    Args:
+        model: The model.
+        path: One of our checkpoints (its folder or file), or an official .ckpt.
+
+    Raises:
+        UserError: The checkpoint can't be read, or is of another architecture (what differs is said).
+    """
+    state, _ = read_weights(path)
+    ignored: list[str] = []
+    if not any(name.startswith("fusion.") for name in state):
+        state, leftovers = from_official(state, model)
+        ignored = [name for name in leftovers if not unused_by_original(name)]
+    state = _resized(state, model)
+    own = model.state_dict()
+    new = sorted({name.split(".")[0] for name in own if name.startswith(HEADS) and name not in state})
+    differences = _differences({n: t for n, t in own.items() if n.split(".")[0] not in new}, state)
+    if differences:
+        raise UserError(f"{path} is a checkpoint of another architecture: {_some(differences)}.")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    if "retrieval_head" in new:
+        model.init_retrieval_head()
+    return LoadReport(new, ignored + [name for name in state if name not in own])
+
+
+def _resized(state: Mapping[str, Tensor], model: M3AE) -> dict[str, Tensor]:
+    """Returns the state with its position embeddings or bias tables resized to the model's image size."""
+    state = dict(state)
+    positions = state.get("vision.pos_embed")
+    if positions is not None and model.config.vision.kind == "clip":
+        state["vision.pos_embed"] = resize_positions(positions[0], model.vision.pos_embed.shape[1] - 1)[None]
+    if model.config.vision.kind == "swin":
+        windows = {
+            name: (round(len(table) ** 0.5) + 1) // 2
+            for name, table in model.state_dict().items()
+            if name.endswith("relative_position_bias_table") and name in state
+        }
+        state = resize_bias_tables(state, windows)
+    return state
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Returns, in words, which tensors are missing or have another shape, layers of the same kind counted once."""
+    found: dict[str, str] = {}
+    for name, tensor in own.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        if name not in state:
+            found.setdefault(kind, f"{name} is missing")
+        elif state[name].shape != tensor.shape:
+            found.setdefault(kind, f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
+    return list(found.values())
+
+
+def _some(differences: list[str]) -> str:
+    more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
+    return ", ".join(differences[:5]) + more

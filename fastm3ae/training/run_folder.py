@@ -1,0 +1,132 @@
+"""The run folder: everything that a run leaves behind.
+
+config.yaml         the resolved configuration
+environment.json    versions, device, code version
+metrics.jsonl       a line per logged training step and per validation
+summary.json        the last validation, throughput and counts, written at the end
+pictures/           reconstructions at each validation
+checkpoints/        step_NNNNNN folders with model.safetensors and training_state.pt
+tensorboard/        event files
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+import fastm3ae
+from fastm3ae.config import PretrainConfig, to_dict
+from fastm3ae.errors import UserError
+
+__all__ = ["RunFolder"]
+
+LIBRARIES = ("torch", "torchvision", "transformers", "timm", "triton", "numpy", "pillow", "pyarrow", "safetensors")
+
+
+class RunFolder:
+    """Writes a run's files.
+
+    Args:
+        path: The folder; made if it is not there.
+        config: The resolved configuration.
+        device: Where the run computes.
+        tensorboard: Whether to write event files.
+
+    Raises:
+        UserError: The folder is not empty or can't be written.
+    """
+
+    def __init__(self, path: Path, config: PretrainConfig, device: torch.device, tensorboard: bool) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise UserError(f"The run folder {path} is not empty: choose another --output, or remove it.")
+            (path / "pictures").mkdir()
+            self._metrics = (path / "metrics.jsonl").open("w", buffering=1)
+        except OSError as error:
+            raise UserError(f"The run folder {path} cannot be written: {error.strerror}.") from error
+        (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        self._write_json("environment.json", environment(device))
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
+
+            self._board = SummaryWriter(str(path / "tensorboard"))
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl, and the values to TensorBoard.
+
+        Args:
+            step: Optimiser steps made so far.
+            split: "train" or "val".
+            values: Metrics by name.
+        """
+        self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> Path:
+        """Writes a picture as PNG, and to TensorBoard; returns its path."""
+        path = self.path / "pictures" / f"{name}_{step:06d}.png"
+        image.save(path)
+        if self._board is not None:
+            from torchvision.transforms.functional import pil_to_tensor
+
+            self._board.add_image(name, pil_to_tensor(image), step)
+        return path
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json."""
+        self._write_json("summary.json", summary)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Returns the versions and the hardware that a run's numbers depend on."""
+    versions = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton exists on Linux only
+            versions[library] = importlib.metadata.version(library)
+    return {
+        "fastm3ae": fastm3ae.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Returns the checkout's commit, marked where files differ from it; None outside a checkout."""
+    root = Path(fastm3ae.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # git is not installed
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,136 @@
+"""Validation: every metric on held-out pairs, with the controls that say what the numbers mean, and pictures."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from fastm3ae import objectives
+from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.model.m3ae import M3AE
+from fastm3ae.visualize import Reconstruction, reconstruct, reconstruction_grid
+
+__all__ = ["draw_reconstructions", "validate"]
+
+
+@torch.no_grad()
+def validate(
+    model: M3AE, batches: Iterable[PretrainBatch], autocast: Callable[[], AbstractContextManager]
+) -> dict[str, float]:
+    """Returns the mean of each loss and metric over all batches, and two controls.
+
+    ``mlm_accuracy_shuffled_image``: the accuracy at the same masked tokens when each text sees another pair's image;
+    what the right image adds is the difference. ``mim_loss_patch_mean``: the loss of predicting each hidden patch as
+    its own mean.
+
+    Args:
+        model: The model; its mode (training or evaluation) is left as it was.
+        batches: Batches on the model's device, images normalised.
+        autocast: Gives the context in which the model computes.
+    """
+    was_training = model.training
+    model.eval()
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, int] = defaultdict(int)
+
+    def add(name: str, total: Tensor | float, count: int) -> None:
+        sums[name] += float(total)
+        counts[name] += count
+
+    for batch in batches:
+        with autocast():
+            outputs = model(batch)
+        for name, loss in objectives.losses(outputs, batch, model.config).items():
+            count = objectives.num_averaged(name, batch, model.config)
+            add(f"{name}_loss", loss.mean * count, count)
+            for metric, total in loss.sums.items():
+                add(f"{name}_{metric}", total, count)
+        if "mlm" in outputs and len(batch) > 1:
+            # Half a batch further on: neighbours may be texts of the same image.
+            other = batch.image_BCHW.roll(len(batch) // 2, dims=0)
+            with autocast():
+                logits_MV = model.mlm(dataclasses.replace(batch, image_BCHW=other))
+            shuffled = objectives.mlm(logits_MV, batch, model.config)
+            count = objectives.num_averaged("mlm", batch, model.config)
+            add("mlm_accuracy_shuffled_image", shuffled.sums["accuracy"], count)
+        if "mim" in outputs:
+            mean = _patch_means(outputs["mim"].pred_BNP, batch, model)
+            control = objectives.mim(outputs["mim"]._replace(pred_BNP=mean), batch, model.config)
+            count = objectives.num_averaged("mim", batch, model.config)
+            add("mim_loss_patch_mean", control.mean * count, count)
+    model.train(was_training)
+    return {name: sums[name] / max(1, counts[name]) for name in sums}
+
+
+def _patch_means(like_BNP: Tensor, batch: PretrainBatch, model: M3AE) -> Tensor:
+    """Returns what predicting each patch as its mean predicts, in the space of the targets."""
+    if model.config.mim.normalize_target:
+        return torch.zeros_like(like_BNP)
+    size = model.config.vision.patch_size_px
+    means_BCN = torch.nn.functional.avg_pool2d(batch.image_BCHW, size).flatten(2)
+    return means_BCN.transpose(1, 2).repeat(1, 1, size**2).to(like_BNP.dtype)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: M3AE,
+    batch: PretrainBatch,
+    tokenizer: PreTrainedTokenizerFast,
+    num_pictures: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    autocast: Callable[[], AbstractContextManager],
+) -> Image.Image:
+    """Draws original, masked input and reconstruction of the first pairs, with the caption and its predicted tokens.
+
+    Args:
+        model: A model with the objectives mim and, for the predicted tokens, mlm.
+        batch: A batch on the model's device, images normalised.
+        tokenizer: Turns ids into words.
+        num_pictures: How many pairs are drawn.
+        mean: Mean of each channel of the normalisation.
+        std: Standard deviation of each channel of the normalisation.
+        autocast: Gives the context in which the model computes.
+    """
+    was_training = model.training
+    model.eval()
+    with autocast():
+        pred_BNP, is_hidden_BN = model.mim(batch)
+        predicted_M = model.mlm(batch).argmax(-1) if "mlm" in model.config.objectives else None
+    model.train(was_training)
+    images = reconstruct(
+        pred_BNP,
+        batch.image_BCHW,
+        is_hidden_BN,
+        patch_size_px=model.config.vision.patch_size_px,
+        normalize_target=model.config.mim.normalize_target,
+        mean=mean,
+        std=std,
+    )
+    rows = []
+    for i, triple in enumerate(zip(*images, strict=True)):
+        if i == num_pictures:
+            break
+        caption = [batch.texts[i]]
+        if predicted_M is not None:
+            caption += ["", _masked_words(batch, predicted_M, i, tokenizer)]
+        rows.append(Reconstruction(*triple, caption))
+    return reconstruction_grid(rows, scale=max(1, 96 // batch.image_BCHW.shape[-1]))
+
+
+def _masked_words(batch: PretrainBatch, predicted_M: Tensor, i: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns the masked tokens of text i in words: "true -> predicted"."""
+    num_tokens = batch.mlm_labels_BT.shape[1]
+    positions_M = batch.masked_index_M
+    mine = ((positions_M // num_tokens) == i).nonzero().flatten().tolist()
+    labels = batch.mlm_labels_BT.flatten()[positions_M]
+    words = []
+    for m in mine:
+        true, predicted = (tokenizer.decode([int(ids[m])]).strip() for ids in (labels, predicted_M))
+        words.append(f"{true} -> {predicted}")
+    return "masked: " + "; ".join(words)
