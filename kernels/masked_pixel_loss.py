@@ -104,26 +104,25 @@ def launch_masked_pixel_loss_eager(
     return loss, masked_pixel_loss_backward_reference(*inputs) if needs_grad else loss.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    pred_BNP, *_, needs_grad = inputs
-    _, grad_pred_BNP = output
-    assert needs_grad, "a differentiable call must ask for the gradient"
-    ctx.pred_dtype = pred_BNP.dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_pred_BNP)
+class _MaskedPixelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred_BNP, *inputs):
+        loss, grad_pred_BNP = torch.ops.fastm3ae.masked_pixel_loss(pred_BNP, *inputs, True)
+        ctx.pred_dtype = pred_BNP.dtype
+        ctx.save_for_backward(grad_pred_BNP)
+        return loss
 
-
-@torch.autograd.function.once_differentiable
-def _backward(ctx, grad_loss, _) -> tuple[Tensor | None, ...]:
-    (grad_pred_BNP,) = ctx.saved_tensors
-    return (grad_pred_BNP * grad_loss).to(ctx.pred_dtype), None, None, None, None, None
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        (grad_pred_BNP,) = ctx.saved_tensors
+        return (grad_pred_BNP * grad_loss).to(ctx.pred_dtype), None, None, None, None
 
 
 torch.library.impl("fastm3ae::masked_pixel_loss", "cpu", launch_masked_pixel_loss_cpu)
 # There is no CUDA kernel yet: PyTorch's own operations let the model run on a GPU.
 torch.library.impl("fastm3ae::masked_pixel_loss", "cuda", launch_masked_pixel_loss_eager)
 torch.library.register_fake("fastm3ae::masked_pixel_loss", _empty_outputs)
-torch.library.register_autograd("fastm3ae::masked_pixel_loss", _backward, setup_context=_setup_context)
 
 
 def masked_pixel_loss(
@@ -172,11 +171,10 @@ def masked_pixel_loss(
             f"pred, image and is_hidden must be on one device, "
             f"got {pred_BNP.device}, {image_BCHW.device} and {is_hidden_BN.device}"
         )
-    needs_grad = torch.is_grad_enabled() and pred_BNP.requires_grad
-    loss, _ = torch.ops.fastm3ae.masked_pixel_loss(
-        pred_BNP, image_BCHW.detach(), is_hidden_BN, patch_size_px, normalize_target, needs_grad
-    )
-    return loss
+    inputs = (pred_BNP, image_BCHW.detach(), is_hidden_BN, patch_size_px, normalize_target)
+    if torch.is_grad_enabled() and pred_BNP.requires_grad:
+        return _MaskedPixelLoss.apply(*inputs)
+    return torch.ops.fastm3ae.masked_pixel_loss(*inputs, False)[0]
 
 
 def _name(dtype: torch.dtype) -> str:

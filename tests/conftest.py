@@ -1,0 +1,25 @@
+import os
+
+# No test asks the network: tokenizers and weights come from folders that the tests make.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if os.environ.get("FASTM3AE_REQUIRE_GPU") == "1":
+            pytest.fail("FASTM3AE_REQUIRE_GPU=1, but torch finds no CUDA GPU")
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """Fills new tensors with NaN, so that an element which a kernel forgot to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
