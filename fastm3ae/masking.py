@@ -108,9 +108,9 @@ def select_words(word_ids: Sequence[int | None], token_frac: float, rng: np.rand
 def select_words_official(tokens: Sequence[str], token_frac: float, rng: random.Random) -> np.ndarray:
     """Selects words as the original does: max(1, round(f T)) of the T tokens of the *padded* text, at most 512.
 
-    A word is a token and the "##" pieces that follow it, and every token but "[CLS]" and "[SEP]" belongs to one: the
-    padding, and RoBERTa's "<s>" and "</s>". The caller takes special tokens and padding out of the selection afterwards,
-    so that nothing may remain of it. RoBERTa's vocabulary has no "##", so that there single tokens are selected.
+    A word is a token and the "##" pieces that follow it. Every token but "[CLS]" and "[SEP]" belongs to one: also
+    padding, RoBERTa's "<s>" and "</s>". The caller takes these out of the selection afterwards, and nothing may
+    be left of it. RoBERTa's vocabulary has no "##", so that there single tokens are selected.
 
     Args:
         tokens: The T tokens of the padded text, special tokens included.
