@@ -193,6 +193,8 @@ class DataConfig:
     """The same for validation; no augmentation."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What to do about an image that cannot be read: stop with its file and row, or skip the pair and count it."""
+    draw_demo: bool = False
+    """Draw the embedded synthetic corpus into ``root`` first, unless it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)

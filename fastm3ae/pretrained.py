@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, RobertaModel
 
 from fastm3ae.config import M3AEConfig, TextConfig, from_dict, to_dict
-from fastm3ae.convert import config_from_official, from_official, read_official, unused_by_original
+from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.model.vision import resize_bias_tables, resize_positions
@@ -23,6 +24,8 @@ from fastm3ae.model.vision import resize_bias_tables, resize_positions
 __all__ = [
     "WEIGHTS_FILE",
     "LoadReport",
+    "convert_checkpoint",
+    "describe_weights",
     "init_model",
     "load_model",
     "load_tower_weights",
@@ -244,6 +247,38 @@ def init_model(model: M3AE, path: Path) -> LoadReport:
     if "retrieval_head" in new:
         model.init_retrieval_head()
     return LoadReport(new, ignored + [name for name in state if name not in own])
+
+
+def convert_checkpoint(source: Path, target: Path) -> None:
+    """Writes a checkpoint under the official key names (``target`` ends in .ckpt) or as one of ours (a folder).
+
+    Raises:
+        UserError: The source can't be read, or the target exists.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name.")
+    model = load_model(source)
+    if target.suffix == ".ckpt":
+        torch.save({"state_dict": to_official(model.state_dict(), model)}, target)
+    else:
+        target.mkdir(parents=True)
+        save_model(model, target)
+
+
+def describe_weights(path: Path) -> str:
+    """Returns what a checkpoint holds: its configuration, and the size of each part."""
+    state, config = read_weights(path)
+    sizes: dict[str, int] = {}
+    for name, tensor in state.items():
+        part = name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + tensor.numel()
+    lines = [f"{part:<28} {size:>13,} values" for part, size in sizes.items()]
+    lines.append(f"{'total':<28} {sum(sizes.values()):>13,} values in {len(state)} tensors")
+    if config is not None:
+        lines += ["", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
+    else:
+        lines += ["", "The file does not hold its configuration."]
+    return "\n".join(lines)
 
 
 def _resized(state: Mapping[str, Tensor], model: M3AE) -> dict[str, Tensor]:

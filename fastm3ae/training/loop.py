@@ -1,6 +1,7 @@
 """Pre-training: plain PyTorch, from a configuration to a run folder."""
 
 import dataclasses
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             if names:
                 tqdm.write(f"{config.init_from}: {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
     run = RunFolder(Path(config.output), config, device, config.train.tensorboard)
-    for note in [*train_loader.notes, *val_loader.notes]:
+    for note in [*train_loader.dataset.notes, *val_loader.dataset.notes]:
         tqdm.write(note)
     try:
         return Trainer(config, tokenizer, model.to(device), train_loader, val_loader, run, device).run()
@@ -137,6 +138,7 @@ class Trainer:
         self.mean, self.std = (t.to(device) for t in normalization(config.data.val_transform))
         self.step = 0
         self.validation: dict[str, float] = {}
+        self.num_skipped = {"train": 0, "val": 0}
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary."""
@@ -165,10 +167,18 @@ class Trainer:
 
     def _train_batches(self, meter: "Meter") -> Iterator[PretrainBatch]:
         """Yields batches on the device, epoch after epoch."""
-        while True:
-            loader = iter(self.train_loader)
-            while (batch := meter.wait(partial(next, loader, None))) is not None:
+        for epoch in itertools.count():
+            batches = self.train_loader.epoch(epoch)
+            while (batch := meter.wait(partial(next, batches, None))) is not None:
                 yield self._to_device(batch)
+            self.num_skipped["train"] += self._report_skipped(f"epoch {epoch}", self.train_loader)
+
+    def _report_skipped(self, where: str, loader: Loader) -> int:
+        """Says how many samples were bad since the loader's epoch began, and which was the first."""
+        bad = loader.bad_samples
+        if bad:
+            tqdm.write(f"{where}: {len(bad)} bad samples skipped; the first: {bad[0]}")
+        return len(bad)
 
     def _to_device(self, batch: PretrainBatch) -> PretrainBatch:
         batch = batch.to(self.device, non_blocking=True)
@@ -211,7 +221,7 @@ class Trainer:
         first: list[PretrainBatch] = []
 
         def batches() -> Iterator[PretrainBatch]:
-            for number, batch in enumerate(self.val_loader):
+            for number, batch in enumerate(self.val_loader.epoch(0)):
                 if number == self.config.train.max_val_batches:
                     break
                 batch = self._to_device(batch)
@@ -219,6 +229,7 @@ class Trainer:
                 yield batch
 
         self.validation = validate(self.model, batches(), self.autocast)
+        self.num_skipped["val"] = self._report_skipped("validation", self.val_loader)
         self.run_folder.log(self.step, "val", self.validation)
         tqdm.write(f"step {self.step}, validation: {_brief(self.validation)}")
         if first and "mim" in self.model.config.objectives and self.config.train.num_pictures:
@@ -242,7 +253,6 @@ class Trainer:
         save_checkpoint(folder, self.step, self.model, state, self.config.train.keep_checkpoints)
 
     def _summary(self, meter: "Meter", seconds: float) -> dict[str, Any]:
-        skipped = {"train": self.train_loader.num_skipped, "val": self.val_loader.num_skipped}
         return {
             "steps": self.step,
             **self.validation,
@@ -250,9 +260,9 @@ class Trainer:
             "data_wait_frac": meter.total_waited / max(meter.total_seconds, 1e-9),
             "wall_s": seconds,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "train_pairs": self.train_loader.num_pairs,
-            "val_pairs": self.val_loader.num_pairs,
-            "skipped_pairs": skipped,
+            "train_pairs": len(self.train_loader.dataset),
+            "val_pairs": len(self.val_loader.dataset),
+            "skipped_samples": self.num_skipped,
         }
 
 
