@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 __all__ = ["Reconstruction", "patchify", "reconstruct", "reconstruction_grid", "unpatchify"]
 
 GREY = 0.5  # what a hidden patch looks like in the masked input
-CAPTION_WIDTH_PX = 300
+CAPTION_WIDTH_PX = 420
 
 
 class Reconstruction(NamedTuple):
@@ -90,27 +90,33 @@ def reconstruct(
     return original, original.masked_fill(is_hidden_BCHW, GREY), to_unit_range(unpatchify(rebuilt_BNP, patch_size_px))
 
 
-def reconstruction_grid(rows: Sequence[Reconstruction], scale: int = 1) -> Image.Image:
+def reconstruction_grid(rows: Sequence[Reconstruction], min_tile_px: int = 144) -> Image.Image:
     """Draws one line per image: original, masked input, reconstruction, and the caption.
 
     Args:
         rows: What to draw.
-        scale: How many pixels of the picture one pixel of an image takes.
+        min_tile_px: Smaller images are enlarged by a whole factor to at least this size.
     """
-    height, width = rows[0].original.shape[1] * scale, rows[0].original.shape[2] * scale
-    gap, header = 4, 16
-    sheet = Image.new(
-        "RGB", (3 * (width + gap) + CAPTION_WIDTH_PX, header + len(rows) * (height + gap)), (255, 255, 255)
-    )
+    gap, header, font = 6, 20, ImageFont.load_default(size=12)
+    _, height, width = rows[0].original.shape
+    scale = max(1, -(-min_tile_px // min(height, width)))
+    tile = (width * scale, height * scale)
+    captions = ["\n".join(part for text in row.caption for part in textwrap.wrap(text, 64) or [""]) for row in rows]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heights = [
+        gap + max(tile[1], int(measure.multiline_textbbox((0, 0), caption, font=font)[3])) for caption in captions
+    ]
+    text_left = 3 * (tile[0] + gap) + gap
+    sheet = Image.new("RGB", (text_left + CAPTION_WIDTH_PX, header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(("original", "masked input", "reconstruction")):
-        draw.text((column * (width + gap) + 2, 2), title, fill=(0, 0, 0))
-    for line, row in enumerate(rows):
-        top = header + line * (height + gap)
+        draw.text((column * (tile[0] + gap), 2), title, fill="black", font=font)
+    top = header
+    for row, caption, row_height in zip(rows, captions, heights, strict=True):
         for column, image in enumerate((row.original, row.masked, row.rebuilt)):
             pixels = (image.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (column * (width + gap), top))
-        lines = [part for text in row.caption for part in textwrap.wrap(text, 48) or [""]]
-        draw.multiline_text((3 * (width + gap) + 4, top), "\n".join(lines), fill=(0, 0, 0), spacing=2)
+            enlarged = Image.fromarray(pixels).resize(tile, Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (column * (tile[0] + gap), top))
+        draw.multiline_text((text_left, top), caption, fill="black", font=font)
+        top += row_height
     return sheet

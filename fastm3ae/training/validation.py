@@ -120,7 +120,7 @@ def draw_reconstructions(
         if predicted_M is not None:
             caption += ["", _masked_words(batch, predicted_M, i, tokenizer)]
         rows.append(Reconstruction(*triple, caption))
-    return reconstruction_grid(rows, scale=max(1, 96 // batch.image_BCHW.shape[-1]))
+    return reconstruction_grid(rows)
 
 
 def _masked_words(batch: PretrainBatch, predicted_M: Tensor, i: int, tokenizer: PreTrainedTokenizerFast) -> str:
