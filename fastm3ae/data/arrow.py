@@ -70,6 +70,11 @@ class ArrowTable:
             _check_batch(batch, columns)
         return table
 
+    @property
+    def batches(self) -> list[pa.RecordBatch]:
+        """The record batches of all files, in order."""
+        return [batch.rows for batch in self._batches]
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -50,7 +50,7 @@ def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official
             raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}")
         image.load()
     except UnidentifiedImageError:
-        raise ValueError(f"the {len(data)} bytes are no image of a known format") from None
+        raise ValueError(f"the image cannot be decoded: its {len(data)} bytes are of no known format") from None
     except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

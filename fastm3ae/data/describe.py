@@ -1,0 +1,120 @@
+"""What an arrow file holds: its columns, its texts, its images, and a fingerprint of its content."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+import pyarrow as pa
+from PIL import Image
+
+from fastm3ae.data.arrow import ArrowTable
+
+__all__ = ["ArrowDescription", "describe_arrow"]
+
+TEXT_COLUMNS = ("caption", "questions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowDescription:
+    """What an arrow file holds."""
+
+    path: Path
+    num_bytes: int
+    num_batches: int
+    columns: dict[str, str]
+    """Arrow type of each column, by name."""
+    texts_per_image: Sequence[int]
+    """Number of texts of each image; empty if the file has no column of texts."""
+    words_per_text: Sequence[int]
+    """Number of words of each text."""
+    num_images: int
+    num_sampled: int
+    """Images whose headers were read."""
+    formats: Counter[str]
+    """File format and mode of the sampled images, and how many are alike."""
+    widths_px: Sequence[int]
+    heights_px: Sequence[int]
+    fingerprint: str
+    """SHA-256 of all values: equal for files of equal rows, however these are cut into record batches."""
+
+    def render(self) -> str:
+        """Returns the description as plain text."""
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        lines = [
+            f"{self.path}: {self.num_images} images, {size}, record batches: {self.num_batches}",
+            *(f"  {name}: {kind}" for name, kind in self.columns.items()),
+        ]
+        if self.words_per_text:
+            lines.append(f"{len(self.words_per_text)} texts; {_range('per image', self.texts_per_image)}")
+            lines.append(_range("words per text", self.words_per_text))
+        if self.num_sampled:
+            lines.append(f"{self.num_sampled} images sampled:")
+            lines += [f"  {count} x {kind}" for kind, count in self.formats.most_common()]
+        if self.widths_px:
+            lines.append(f"  {_range('width in pixels', self.widths_px)}; {_range('height', self.heights_px)}")
+        return "\n".join([*lines, f"content: sha256 {self.fingerprint}"])
+
+
+def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
+    """Returns what an arrow file holds. Every byte is read once, for the fingerprint; no image is decoded.
+
+    Args:
+        path: An arrow file of images and texts.
+        max_images: The headers of at most so many images are read, evenly spaced.
+
+    Raises:
+        UserError: The file cannot be read, is damaged, or has no column of images.
+    """
+    path = Path(path)
+    schema = ArrowTable([path]).batches[0].schema
+    text_columns = [name for name in TEXT_COLUMNS if name in schema.names]
+    table = ArrowTable.open([path], {"image": "binary"} | dict.fromkeys(text_columns, "list<string>"))
+    texts = table.column(text_columns[0]) if text_columns else []
+    sampled = range(0, len(table), max(1, -(-len(table) // max_images)))
+    formats: Counter[str] = Counter()
+    sizes_px = []
+    for row in sampled:
+        try:
+            with Image.open(io.BytesIO(table.image_bytes(row))) as image:
+                formats[f"{image.format}, mode {image.mode}"] += 1
+                sizes_px.append(image.size)
+        except (OSError, ValueError):
+            formats["unreadable"] += 1
+    return ArrowDescription(
+        path=path,
+        num_bytes=path.stat().st_size,
+        num_batches=len(table.batches),
+        columns={field.name: str(field.type) for field in schema},
+        texts_per_image=[len(row) for row in texts],
+        words_per_text=[len(text.split()) for row in texts for text in row],
+        num_images=len(table),
+        num_sampled=len(sampled),
+        formats=formats,
+        widths_px=[width for width, _ in sizes_px],
+        heights_px=[height for _, height in sizes_px],
+        fingerprint=_fingerprint(table.batches),
+    )
+
+
+def _range(name: str, values: Sequence[int]) -> str:
+    return f"{name}: {min(values)} to {max(values)}, mean {fmean(values):.1f}, median {median(values):.0f}"
+
+
+def _fingerprint(batches: list[pa.RecordBatch]) -> str:
+    """Returns the SHA-256 of every row's values, in the order of the columns' names, each with its name and length."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        columns = sorted(zip(batch.schema.names, batch.columns, strict=True), key=lambda column: column[0])
+        for row in range(batch.num_rows):
+            for name, array in columns:
+                value = array[row]
+                is_bytes = isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar) and value.is_valid
+                data = value.as_buffer() if is_bytes else json.dumps(value.as_py(), default=str).encode()
+                digest.update(f"{name} {len(data)} ".encode())
+                digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,256 @@
+"""What every source has in common: cleaning texts, merging them per image, writing the splits, and the report."""
+
+import itertools
+import json
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from fastm3ae.data.arrow import write_pairs
+from fastm3ae.data.images import decode_image
+from fastm3ae.errors import UserError
+
+__all__ = [
+    "SPLITS",
+    "OnBadImage",
+    "PrepareReport",
+    "Progress",
+    "Sample",
+    "SplitReport",
+    "require_files",
+    "read_json_lines",
+    "read_lines",
+    "keep_texts",
+    "write_splits",
+]
+
+SPLITS = ("train", "val", "test")
+OnBadImage = Literal["drop", "stop"]
+"""What to do about an image that cannot be decoded: leave it out and report it, or stop with its name."""
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and their total."""
+
+IMAGES_READ_AHEAD = 64
+NUM_EXAMPLES = 3
+
+
+class Sample(NamedTuple):
+    """Texts of one image. Samples of the same image are merged."""
+
+    split: str
+    image: str
+    texts: list[str]
+
+
+@dataclass
+class SplitReport:
+    """What one arrow file holds."""
+
+    file: Path
+    num_images: int = 0
+    num_texts: int = 0
+    num_words: int = 0
+
+    def add(self, texts: list[str]) -> None:
+        """Counts one image and its texts."""
+        self.num_images += 1
+        self.num_texts += len(texts)
+        self.num_words += sum(len(text.split()) for text in texts)
+
+
+@dataclass
+class PrepareReport:
+    """What was written, and everything that was left out."""
+
+    name: str
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> what was left out for it, each by name."""
+    moved: list[str] = field(default_factory=list)
+    """Images that several splits name."""
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, item: str) -> None:
+        """Records something that was left out."""
+        self.dropped.setdefault(reason, []).append(item)
+
+    def render(self) -> str:
+        """Returns the report as plain text: a table of the splits, then what was left out and what else to know."""
+        lines = [f"{self.name:<12}{'images':>9}{'texts':>9}{'words/text':>12}  file"]
+        for split, part in self.splits.items():
+            words = f"{part.num_words / part.num_texts:.1f}" if part.num_texts else "-"
+            lines.append(f"{split:<12}{part.num_images:>9}{part.num_texts:>9}{words:>12}  {part.file}")
+        lines += [f"Left out {len(items)}: {reason} ({_examples(items)})." for reason, items in self.dropped.items()]
+        if not self.dropped:
+            lines.append("Nothing was left out.")
+        if self.moved:
+            lines.append(f"Named in several splits and put into the last: {len(self.moved)} ({_examples(self.moved)}).")
+        return "\n".join(lines + self.notes)
+
+
+def require_files(source: Path, files: Iterable[Path], layout: str) -> None:
+    """Raises a UserError that names every missing file, unless all exist.
+
+    Args:
+        source: The folder that the user named.
+        files: Files that must exist.
+        layout: What was expected under ``source``, for the message.
+    """
+    if not source.is_dir():
+        raise UserError(f"The folder {source} does not exist; expected {layout}.")
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}; expected {layout}.")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the number, from 1, and the text of each line of a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        UserError: The file cannot be read or is not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from enumerate(lines, 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number, from 1, and the object of each line that is not blank.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no JSON object.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON: {error}.") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} must be a JSON object, got {line.strip()[:40]!r}.")
+        yield number, record
+
+
+def keep_texts(
+    texts: Iterable[str], min_words: int, report: PrepareReport, where: str, *, strip: bool = True
+) -> list[str]:
+    """Returns the texts of at least ``min_words`` words, every run of white space replaced by one space.
+
+    Args:
+        texts: Texts of one image.
+        min_words: Shorter texts are left out, and reported.
+        report: Takes the short texts.
+        where: Names the texts in the report.
+        strip: Remove white space at both ends, too.
+    """
+    kept = []
+    for text in texts:
+        if len(text.split()) < min_words:
+            report.drop(f"text of fewer than {min_words} words", f"{where} {text.strip()!r}")
+        else:
+            kept.append(re.sub(r"\s+", " ", text.strip() if strip else text))
+    return kept
+
+
+def write_splits(
+    samples: Iterable[Sample],
+    root: Path,
+    output: Path,
+    report: PrepareReport,
+    *,
+    on_bad_image: OnBadImage = "drop",
+    progress: Progress | None = None,
+) -> PrepareReport:
+    """Writes ``{report.name}_{split}.arrow`` for each split and completes the report.
+
+    An image's texts are those of all its samples, in their order; its split is that of its last sample, and its place
+    is that of its first. Its bytes are stored as they lie in its file. Either all arrow files are replaced or none.
+
+    Args:
+        samples: Texts of images, the splits one after the other.
+        root: Folder from which the samples' image paths start. The paths become the image ids.
+        output: Folder of the arrow files; made if missing.
+        report: Names the data set, and holds what the source has left out so far.
+        on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        progress: Called after each image.
+
+    Raises:
+        UserError: No image with a text is left, or an image is bad and ``on_bad_image`` is "stop".
+
+    Source: prepro/make_arrow.py, ``make_arrow``.
+    Deviation: The original stores images that cannot be decoded, and its loader then swaps them for others.
+    """
+    texts_of: dict[str, list[str]] = {}
+    split_of: dict[str, str] = {}
+    for split, image, texts in samples:
+        if split_of.get(image, split) != split:
+            report.moved.append(image)
+        texts_of.setdefault(image, []).extend(texts)
+        split_of[image] = split
+
+    def rows(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
+        images = [image for image in texts_of if split_of[image] == split]
+        for image, (data, fault) in zip(images, _read_ahead(root, images), strict=True):
+            if fault and on_bad_image == "stop":
+                raise UserError(f"{root / image}: {fault}.")
+            if fault:
+                reason, _, detail = fault.partition(": ")
+                report.drop(reason, f"{image} ({detail})" if detail else image)
+            else:
+                part.add(texts_of[image])
+                yield {"image": data, "caption": texts_of[image], "image_id": image, "split": split}
+            if progress:
+                progress(next(num_done), len(texts_of))
+
+    num_done = itertools.count(1)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{report.name}.") as staging:
+        for split in SPLITS:
+            part = report.splits[split] = SplitReport(output / f"{report.name}_{split}.arrow")
+            write_pairs(Path(staging, part.file.name), rows(split, part))
+        if not any(part.num_images for part in report.splits.values()):
+            raise UserError(f"Not one image with a text was found, so nothing was written.\n{report.render()}")
+        for part in report.splits.values():
+            Path(staging, part.file.name).replace(part.file)
+    report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]
+    return report
+
+
+def _examples(items: list[str]) -> str:
+    """Returns the first few items, and dots if there are more."""
+    return "; ".join(items[:NUM_EXAMPLES]) + ("; ..." if len(items) > NUM_EXAMPLES else "")
+
+
+def _read_ahead(root: Path, images: Iterable[str]) -> Iterator[tuple[bytes, str]]:
+    """Yields ``_read_image`` of each image in order; threads read and decode some images ahead."""
+    with ThreadPoolExecutor() as pool:
+        pending: deque[Future[tuple[bytes, str]]] = deque()
+        for image in images:
+            pending.append(pool.submit(_read_image, root / image))
+            if len(pending) == IMAGES_READ_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_image(path: Path) -> tuple[bytes, str]:
+    """Returns a file's bytes, and what is wrong with them ("" if they are an image)."""
+    try:
+        data = path.read_bytes()
+        decode_image(data)
+    except FileNotFoundError:
+        return b"", "the image file is missing"
+    except OSError as error:
+        return b"", f"the image file cannot be read: {error}"
+    except ValueError as error:
+        return b"", str(error)
+    return data, ""

@@ -1,0 +1,618 @@
+"""Preparation: the original's rows from the releases' layouts, everything left out is reported, mistakes are named."""
+
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable, write_pairs
+from fastm3ae.data.describe import describe_arrow
+from fastm3ae.data.prepare import (
+    SOURCES,
+    common,
+    prepare_csv,
+    prepare_folder,
+    prepare_irtr_roco,
+    prepare_jsonl,
+    prepare_medicat,
+    prepare_roco,
+)
+from fastm3ae.errors import UserError
+
+REFERENCES = "medicat/net/nfs2.corp/allennlp/sanjays/roco_files"
+SPLITS = ("train", "val", "test")
+
+
+def image_bytes(seed=0, format="PNG", mode="L"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, format)
+    return stream.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows(output, name, split):
+    table = ArrowTable.open([output / f"{name}_{split}.arrow"], CAPTION_COLUMNS)
+    return {table.row(i, "image_id"): table.row(i, "caption") for i in range(len(table))}
+
+
+def ids(output, name, split):
+    return list(rows(output, name, split))
+
+
+def left_out(report):
+    return {reason: len(items) for reason, items in report.dropped.items()}
+
+
+# ROCO
+
+
+@pytest.fixture
+def roco(tmp_path):
+    """A small pretrain_data folder with the releases' quirks."""
+    root = tmp_path / "pretrain_data"
+    captions = {
+        "train": "ROCO_1\t A first   caption here.\nROCO_2\t Two words\n\nROCO_3\t  three\u00a0nice words \nROCO_4\n"
+        "ROCO_5\ta\tb c d\n"
+        "ROCO_6\t An image that is missing\nROCO_1\t A second caption of ROCO_1\n",
+        "val": "ROCO_7\t A caption for validation\n",
+        "test": "ROCO_8\t A caption for testing\r\nROCO_9\t Another caption for testing",
+    }
+    for split, text in captions.items():
+        write(root / f"roco/{split}/radiology/captions.txt", text)
+    numbers = {"train": (1, 2, 3, 4, 5), "val": (7,), "test": (8, 9)}
+    for split, roco_ids in numbers.items():
+        for n in roco_ids:
+            write(root / f"roco/{split}/radiology/images/ROCO_{n}.jpg", image_bytes(n, "JPEG"))
+        links = "".join(
+            f"ROCO_{n}\twget -r ftp://ftp.example/oa/0{n}/PMC{n}00.tar.gz -P /path/to/Dir\tfig-{n}.jpg\n"
+            for n in roco_ids
+        )
+        write(root / f"roco/{split}/radiology/dlinks.txt", links)
+    references = {
+        "train": [
+            {
+                "roco_image_id": "PMC300_fig-3.jpg",
+                "gorc_references": ["  See the\tfigure for   more ", "Too short", "Again see figure three"],
+            },
+            {"roco_image_id": "PMC200_fig-2.jpg", "gorc_references": ["The second figure shows it"]},
+            {"roco_image_id": "PMC100_fig-1.jpg", "gorc_references": None},
+            {"roco_image_id": "PMC999_fig-9.jpg", "gorc_references": ["A figure that nobody knows"]},
+        ],
+        "val": [{"roco_image_id": "PMC700_fig-7.jpg", "gorc_references": []}],
+        "test": [{"roco_image_id": "PMC900_fig-9.jpg", "gorc_references": ["Nine is referred to first"]}],
+    }
+    for split, records in references.items():
+        write(root / REFERENCES / f"roco_{split}_references.jsonl", "\n".join(map(json.dumps, records)) + "\n")
+    return root
+
+
+def test_roco_is_the_originals(roco, tmp_path):
+    """References come before captions, in the order of the references, then of captions.txt; image ids are relative."""
+    report = prepare_roco(roco, tmp_path / "out")
+    images = "train/radiology/images"
+    assert list(rows(tmp_path / "out", "roco", "train").items()) == [
+        (f"{images}/ROCO_3.jpg", ["See the figure for more", "Again see figure three", "three nice words"]),
+        (f"{images}/ROCO_2.jpg", ["The second figure shows it"]),
+        (f"{images}/ROCO_1.jpg", ["A first caption here.", "A second caption of ROCO_1"]),
+    ]
+    assert ids(tmp_path / "out", "roco", "test") == [f"test/radiology/images/ROCO_{n}.jpg" for n in (9, 8)]
+    assert rows(tmp_path / "out", "roco", "test")["test/radiology/images/ROCO_9.jpg"] == [
+        "Nine is referred to first",
+        "Another caption for testing",
+    ]
+    assert left_out(report) == {
+        "text of fewer than 3 words": 2,
+        "references to a figure that no dlinks.txt names": 1,
+        "line without an id and one caption, separated by one tab": 2,
+        "the image file is missing": 1,
+    }
+    assert report.splits["train"].num_images == 3 and report.splits["train"].num_texts == 6
+    text = report.render()
+    assert "ROCO_6.jpg" in text and "train captions.txt line 5" in text and "'Too short'" in text
+
+
+def test_image_bytes_are_stored_unchanged(roco, tmp_path):
+    prepare_roco(roco, tmp_path / "out")
+    table = ArrowTable([tmp_path / "out" / "roco_train.arrow"])
+    for row in range(len(table)):
+        assert table.image_bytes(row) == (roco / "roco" / table.row(row, "image_id")).read_bytes()
+        assert table.row(row, "split") == "train"
+
+
+def test_roco_folder_itself_gives_the_same_files(roco, tmp_path, monkeypatch):
+    prepare_roco(roco, tmp_path / "a")
+    prepare_roco(roco / "roco", tmp_path / "b")
+    monkeypatch.chdir(roco / "roco")
+    prepare_roco(Path("."), tmp_path / "c")
+    for split in SPLITS:
+        a, b, c = ((tmp_path / folder / f"roco_{split}.arrow").read_bytes() for folder in "abc")
+        assert a == b == c
+
+
+def test_release_that_says_validation(roco, tmp_path):
+    (roco / "roco/val").rename(roco / "roco/validation")
+    prepare_roco(roco, tmp_path / "out")
+    assert ids(tmp_path / "out", "roco", "val") == ["validation/radiology/images/ROCO_7.jpg"]
+
+
+def test_roco_without_references(roco, tmp_path):
+    (roco / REFERENCES).rename(tmp_path / "elsewhere")
+    report = prepare_roco(roco, tmp_path / "out")
+    assert "Captions are the only texts" in report.render()
+    images = "train/radiology/images"
+    assert ids(tmp_path / "out", "roco", "train") == [f"{images}/ROCO_1.jpg", f"{images}/ROCO_3.jpg"]
+    report = prepare_roco(roco, tmp_path / "out", references=tmp_path / "elsewhere")
+    assert report.splits["train"].num_texts == 6 and not report.notes
+
+
+@pytest.mark.parametrize("min_words, num_texts", [(1, 8), (4, 5), (5, 3)])
+def test_min_words(roco, tmp_path, min_words, num_texts):
+    assert prepare_roco(roco, tmp_path / "out", min_words=min_words).splits["train"].num_texts == num_texts
+
+
+def test_missing_files_are_all_named(roco, tmp_path):
+    (roco / "roco/train/radiology/captions.txt").unlink()
+    (roco / "roco/test/radiology/captions.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"train/radiology/captions\.txt, .*test/radiology/captions\.txt; expected a ROCO"
+    ):
+        prepare_roco(roco, tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        prepare_roco(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_references_and_links_are_named(roco, tmp_path):
+    (roco / "roco/val/radiology/dlinks.txt").unlink()
+    with pytest.raises(UserError, match=r"val/radiology/dlinks\.txt; expected .* joins MediCaT's references"):
+        prepare_roco(roco, tmp_path / "out")
+    (roco / REFERENCES / "roco_test_references.jsonl").unlink()
+    with pytest.raises(UserError, match=r"roco_test_references\.jsonl; expected MediCaT's"):
+        prepare_roco(roco, tmp_path / "out")
+
+
+def test_bad_json_is_located(roco, tmp_path):
+    file = roco / REFERENCES / "roco_val_references.jsonl"
+    write(file, '{"roco_image_id": "x", "gorc_references": []}\n{"roco_image_id": \n')
+    with pytest.raises(UserError, match=r"roco_val_references\.jsonl, line 2 is not valid JSON"):
+        prepare_roco(roco, tmp_path / "out")
+    write(file, "[1, 2]\n")
+    with pytest.raises(UserError, match=r"line 1 must be a JSON object, got '\[1, 2\]'"):
+        prepare_roco(roco, tmp_path / "out")
+
+
+def test_file_that_is_not_text_is_named(roco, tmp_path):
+    write(roco / "roco/val/radiology/captions.txt", b"ROCO_7\t caf\xe9 au lait\n")
+    with pytest.raises(UserError, match=r"val/radiology/captions\.txt cannot be read as UTF-8 text"):
+        prepare_roco(roco, tmp_path / "out")
+
+
+def test_irtr_roco_is_the_originals(roco, tmp_path):
+    """The lines of train, val and test are shuffled by one stream; captions keep the space before them."""
+    rng = random.Random(42)
+    expected = {}
+    for split in SPLITS:
+        text = (roco / f"roco/{split}/radiology/captions.txt").read_text()
+        lines = text.replace("\r\n", "\n").strip().split("\n")
+        rng.shuffle(lines)
+        expected[split] = [line.strip().split("\t")[0] for line in lines]
+    report = prepare_irtr_roco(roco, tmp_path / "out", num_test=1)
+    usable = {"train": ("ROCO_1", "ROCO_3"), "val": ("ROCO_7",), "test": ("ROCO_8", "ROCO_9")}
+    for split in SPLITS:
+        kept = dict.fromkeys(line for line in expected[split] if line in usable[split])
+        kept = list(kept)[:1] if split == "test" else list(kept)
+        assert [Path(i).stem for i in ids(tmp_path / "out", "irtr_roco", split)] == kept
+    train = rows(tmp_path / "out", "irtr_roco", "train")
+    assert sorted(train["train/radiology/images/ROCO_1.jpg"]) == [
+        " A first caption here.",
+        " A second caption of ROCO_1",
+    ]
+    assert train["train/radiology/images/ROCO_3.jpg"] == [" three nice words"]
+    assert left_out(report)["the image file is missing"] == 1
+
+
+# MediCaT
+
+
+def write_medicat(root, count, **changes):
+    records = []
+    for i in range(count):
+        record = {
+            "pdf_hash": f"h{i}",
+            "fig_uri": "1-Figure1-1.png",
+            "radiology": True,
+            "s2_caption": f"Caption of figure {i}",
+        }
+        record["s2orc_references"] = [f"A text  about figure {i}", "short"] if i % 3 == 0 else None
+        records.append(record | changes.get(f"figure{i}", {}))
+        write(root / f"release/figures/h{i}_1-Figure1-1.png", image_bytes(i))
+    name = "s2_full_figures_oa_nonroco_combined_medical_top4_public.jsonl"
+    write(root / "release" / name, "\n".join(map(json.dumps, records)))
+    return root
+
+
+def test_medicat_is_the_originals(tmp_path):
+    changes = {"figure4": {"radiology": False}, "figure6": {"s2_caption": None}, "figure7": {"s2_caption": "Two words"}}
+    root = write_medicat(tmp_path / "medicat", 20, **changes)
+    report = prepare_medicat(root, tmp_path / "out", num_val=3, num_test=5)
+    figures = [i for i in range(20) if i != 4]
+    random.Random(42).shuffle(figures)
+    order = {"train": figures[:-8], "val": figures[-8:-5], "test": figures[-5:]}
+    for split in SPLITS:
+        names = [f"release/figures/h{i}_1-Figure1-1.png" for i in order[split] if i != 7]
+        assert ids(tmp_path / "out", "medicat", split) == names
+    texts = {}
+    for split in SPLITS:
+        texts |= rows(tmp_path / "out", "medicat", split)
+    assert texts["release/figures/h3_1-Figure1-1.png"] == ["Caption of figure 3", "A text about figure 3"]
+    assert texts["release/figures/h6_1-Figure1-1.png"] == ["A text about figure 6"]
+    assert texts["release/figures/h5_1-Figure1-1.png"] == ["Caption of figure 5"]
+    assert left_out(report) == {"text of fewer than 3 words": 8}
+
+
+def test_sample_of_medicat_says_why_train_is_empty(tmp_path):
+    root = write_medicat(tmp_path / "medicat", 6)
+    report = prepare_medicat(tmp_path, tmp_path / "out")
+    assert [part.num_images for part in report.splits.values()] == [0, 0, 6]
+    assert "6 radiology figures are no more than num_val + num_test = 1000 + 1000" in report.render()
+    assert "The split train is empty." in report.render()
+    assert len(ArrowTable.open([tmp_path / "out/medicat_train.arrow"], CAPTION_COLUMNS)) == 0
+    report = prepare_medicat(root, tmp_path / "out", num_val=2, num_test=3)
+    assert [part.num_images for part in report.splits.values()] == [1, 2, 3] and not report.notes
+    report = prepare_medicat(root, tmp_path / "out", num_val=0, num_test=0)
+    assert [part.num_images for part in report.splits.values()] == [6, 0, 0]
+    with pytest.raises(UserError, match="must not be negative"):
+        prepare_medicat(root, tmp_path / "out", num_val=-1)
+
+
+def test_figure_in_two_splits_goes_to_the_last(tmp_path):
+    """One figure, listed twice, must not be trained and tested on."""
+    root = write_medicat(tmp_path / "medicat", 12, **{f"figure{i}": {"pdf_hash": "h0"} for i in range(12)})
+    report = prepare_medicat(root, tmp_path / "out", num_val=4, num_test=4)
+    assert [part.num_images for part in report.splits.values()] == [0, 0, 1]
+    assert report.splits["test"].num_texts == 16
+    assert "Named in several splits and put into the last: 2 (release/figures/h0_1-Figure1-1.png" in report.render()
+
+
+def test_medicat_that_is_incomplete_is_named(tmp_path):
+    (tmp_path / "release").mkdir()
+    with pytest.raises(UserError, match=r"lacks .*top4_public\.jsonl; expected a MediCaT release"):
+        prepare_medicat(tmp_path, tmp_path / "out")
+    write_medicat(tmp_path, 2)
+    file = next((tmp_path / "release").glob("*.jsonl"))
+    write(file, '{"pdf_hash": "a", "radiology": true, "uri": "b"}')
+    with pytest.raises(UserError, match=r"line 1 lacks fig_uri; its keys are pdf_hash, radiology, uri"):
+        prepare_medicat(tmp_path, tmp_path / "out")
+
+
+# Images that cannot be used, and what a failure leaves behind
+
+
+def test_bad_images_are_counted_or_stop(roco, tmp_path):
+    images = roco / "roco/train/radiology/images"
+    whole = (images / "ROCO_3.jpg").read_bytes()
+    write(images / "ROCO_3.jpg", whole[:-20])
+    write(images / "ROCO_2.jpg", "<html>404</html>")
+    report = prepare_roco(roco, tmp_path / "out")
+    assert ids(tmp_path / "out", "roco", "train") == ["train/radiology/images/ROCO_1.jpg"]
+    assert left_out(report)["the image cannot be decoded"] == 2
+    text = report.render()
+    assert "ROCO_3.jpg (image file is truncated" in text and "ROCO_2.jpg" in text
+    with pytest.raises(UserError, match=r"ROCO_3\.jpg: the image cannot be decoded: image file is truncated"):
+        prepare_roco(roco, tmp_path / "out", on_bad_image="stop")
+
+
+def test_failure_leaves_the_old_files_alone(roco, tmp_path):
+    out = tmp_path / "out"
+    prepare_roco(roco, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write(roco / "roco/train/radiology/captions.txt", "ROCO_1\t Something else than before\n")
+    write(roco / "roco/test/radiology/images/ROCO_8.jpg", "no image")
+    with pytest.raises(UserError, match="ROCO_8"):
+        prepare_roco(roco, out, on_bad_image="stop")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_release_without_any_image_writes_nothing(roco, tmp_path):
+    for image in roco.rglob("*.jpg"):
+        image.unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)Not one image with a text was found.*Left out 7: the image file is missing"
+    ):
+        prepare_roco(roco, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_progress_and_order_with_many_images(tmp_path, monkeypatch):
+    """Images are read ahead in threads, yet stay in order; progress counts each once."""
+    monkeypatch.setattr(common, "IMAGES_READ_AHEAD", 3)
+    lines = [{"image": f"{i}.png", "caption": f"number {i}"} for i in range(40)]
+    for i in range(40):
+        write(tmp_path / f"{i}.png", image_bytes(i) if i != 11 else b"broken")
+    write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
+    calls = []
+    prepare_jsonl(
+        tmp_path / "t.jsonl", tmp_path / "out", val_frac=0, test_frac=0, progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(i, 40) for i in range(1, 41)]
+    table = ArrowTable([tmp_path / "out/t_train.arrow"])
+    assert [table.row(i, "image_id") for i in range(39)] == [f"{i}.png" for i in range(40) if i != 11]
+    assert all(table.image_bytes(i) == (tmp_path / table.row(i, "image_id")).read_bytes() for i in range(39))
+
+
+# Tables
+
+
+@pytest.fixture
+def table(tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"images/{name}.png", image_bytes(ord(name)))
+    text = (
+        "path,findings,impression,fold\n"
+        'images/a.png,"Large effusion, left.\nNo pneumothorax.",Effusion,train\n'
+        "images/b.png,,Normal chest,Validation\n"
+        "./images/a.png,Again a,,train\n"
+        "images/c.png,,  ,test\n"
+        ",Text alone,,test\n"
+        "\n"
+        "images/d.png,d,D again,testing\n"
+    )
+    return write(tmp_path / "My reports.csv", text)
+
+
+def test_csv(table, tmp_path):
+    out = tmp_path / "out"
+    options = {"image_column": "path", "text_columns": ["impression", "findings"], "split_column": "fold"}
+    report = prepare_csv(table, out, name="mine", **options)
+    assert rows(out, "mine", "train") == {
+        "images/a.png": ["Effusion", "Large effusion, left. No pneumothorax.", "Again a"]
+    }
+    assert rows(out, "mine", "val") == {"images/b.png": ["Normal chest"]}
+    assert rows(out, "mine", "test") == {"images/d.png": ["D again", "d"]}
+    assert left_out(report) == {"row without a text": 1, "row without an image": 1}
+    assert "line 6" in report.render() and "line 7" in report.render()
+    prepare_csv(table, out, **options, min_words=2)
+    assert rows(out, "My reports", "train") == {"images/a.png": ["Large effusion, left. No pneumothorax.", "Again a"]}
+
+
+def test_csv_without_the_column_names_the_nearest(table, tmp_path):
+    with pytest.raises(UserError, match=r"has no column 'finding'; its columns are path, .*Did you mean 'findings'\?"):
+        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["finding"])
+    with pytest.raises(UserError, match="has no column 'image'"):
+        prepare_csv(table, tmp_path / "out")
+    with pytest.raises(UserError, match="'fold' must be one of train, .* got 'xtrain'"):
+        write(table, table.read_text().replace(",train", ",xtrain"))
+        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["findings"], split_column="fold")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", r"no column 'image'; its columns are none: the table is empty"),
+        ("image,caption\na.png,one, two\n", r"line 2: the row has 3 cells, expected .* 2 columns; .* double quotes"),
+        ("image,caption\na.png,ok\nb.png\n", r"line 3: the row has 1 cells"),
+        ('image,caption\na.png,"open\n', r"line 2 is not valid CSV"),
+        ("image,image,caption\na,b,c\n", r"has 2 columns 'image'"),
+        (b"image,caption\na.png,caf\xe9\n", r"cannot be read as UTF-8"),
+    ],
+)
+def test_malformed_csv_is_located(tmp_path, content, message):
+    file = write(tmp_path / "t.csv", content)
+    with pytest.raises(UserError, match=message):
+        prepare_csv(file, tmp_path / "out")
+
+
+def test_missing_table_is_named(tmp_path):
+    for prepare in (prepare_csv, prepare_jsonl):
+        with pytest.raises(UserError, match=r"none\.csv cannot be read"):
+            prepare(tmp_path / "none.csv", tmp_path / "out")
+
+
+def test_tabs_semicolons_and_byte_order_marks(tmp_path):
+    write(tmp_path / "a.png", image_bytes())
+    write(tmp_path / "t.tsv", "\ufeffimage\tcaption\na.png\tone, two; three\n")
+    write(tmp_path / "s.csv", "image;caption\r\na.png;one, two\r\n")
+    prepare_csv(tmp_path / "t.tsv", tmp_path / "out", val_frac=0, test_frac=0)
+    prepare_csv(tmp_path / "s.csv", tmp_path / "out", val_frac=0, test_frac=0, delimiter=";")
+    assert rows(tmp_path / "out", "t", "train") == {"a.png": ["one, two; three"]}
+    assert rows(tmp_path / "out", "s", "train") == {"a.png": ["one, two"]}
+
+
+def test_random_splits_keep_groups_together_and_follow_the_seed(tmp_path):
+    lines = [{"image": f"{i}.png", "caption": f"image {i}", "patient": i % 20} for i in range(60)]
+    for i in range(60):
+        write(tmp_path / f"{i}.png", image_bytes(i))
+    file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
+
+    def split_of_patients(seed):
+        options = {"group_column": "patient", "val_frac": 0.2, "test_frac": 0.1, "seed": seed}
+        prepare_jsonl(file, tmp_path / "out", **options)
+        found = {}
+        for split in SPLITS:
+            for image in ids(tmp_path / "out", "t", split):
+                found.setdefault(int(image[:-4]) % 20, set()).add(split)
+        assert all(len(splits) == 1 for splits in found.values())
+        return {patient: splits.pop() for patient, splits in sorted(found.items())}
+
+    first = split_of_patients(1)
+    assert [list(first.values()).count(split) for split in SPLITS] == [14, 4, 2]
+    assert first == split_of_patients(1) != split_of_patients(2)
+
+
+def test_every_wanted_split_of_a_small_set_gets_an_image(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.png", image_bytes(i))
+        write(tmp_path / f"{i}.txt", f"text {i}")
+    report = prepare_folder(tmp_path, tmp_path / "out", name="few")
+    assert [part.num_images for part in report.splits.values()] == [2, 1, 1]
+    assert "drawn at random (seed 0)" in report.render()
+    with pytest.raises(UserError, match="together less than 1, got 0.5 and 0.5"):
+        prepare_folder(tmp_path, tmp_path / "out", name="few", val_frac=0.5, test_frac=0.5)
+
+
+def test_jsonl(tmp_path):
+    write(tmp_path / "x/a.png", image_bytes())
+    records = [
+        {"file": "a.png", "texts": ["First text", " ", "Second  text"], "title": None, "split": "dev"},
+        {"file": "a.png", "title": "A title", "split": "dev"},
+        {"file": str(tmp_path / "x/a.png"), "title": "By its whole path", "split": "test"},
+    ]
+    file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, records)) + "\n\n")
+    options = {"image_column": "file", "text_columns": ("title", "texts"), "split_column": "split"}
+    prepare_jsonl(file, tmp_path / "out", image_root=tmp_path / "x", **options)
+    assert rows(tmp_path / "out", "t", "val") == {"a.png": ["First text", "Second text", "A title"]}
+    assert list(rows(tmp_path / "out", "t", "test").values()) == [["By its whole path"]]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"image": "a.png", "captions": "x"}, r"no column 'caption'; its columns are image, captions\. Did you mean"),
+        ({"image": "a.png", "caption": 3}, r"line 1: 'caption' must be a string or a list of strings, got 3"),
+        ({"image": "a.png", "caption": ["x", None]}, r"line 1: 'caption' must be a string or a list"),
+        ({"image": ["a.png"], "caption": "x"}, r"line 1: 'image' must be a path, got \['a\.png'\]"),
+    ],
+)
+def test_jsonl_of_other_types_is_located(tmp_path, line, message):
+    file = write(tmp_path / "t.jsonl", json.dumps(line))
+    with pytest.raises(UserError, match=message):
+        prepare_jsonl(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b"])
+def test_name_must_be_part_of_a_file_name(table, tmp_path, name):
+    with pytest.raises(UserError, match="becomes a part of file names"):
+        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["findings"], name=name)
+
+
+# Folders
+
+
+def test_folder_with_splits(tmp_path):
+    source = tmp_path / "own"
+    for path in (
+        "train/1/b.jpg",
+        "train/a.png",
+        "valid/c.PNG",
+        "test/d.tiff",
+        "loose.png",
+        "test/alone.png",
+        ".cache/x.png",
+    ):
+        format = {"jpg": "JPEG", "tiff": "TIFF"}.get(path.rsplit(".")[-1], "PNG")
+        write(source / path, image_bytes(len(path), format))
+    write(source / "train/1/b.txt", "A report\nof two lines.\n")
+    write(source / "train/a.json", '["One text", "Another text"]')
+    write(source / "valid/c.json", '{"report": "The report", "caption": ["C one", "C two"], "age": 7}')
+    write(source / "test/d.json", '"A lone string"')
+    write(source / "test/d.txt", "Plain text first")
+    write(source / "test/orphan.txt", "No image")
+    report = prepare_folder(source, tmp_path / "out")
+    assert list(rows(tmp_path / "out", "own", "train").items()) == [
+        ("train/1/b.jpg", ["A report of two lines."]),
+        ("train/a.png", ["One text", "Another text"]),
+    ]
+    assert rows(tmp_path / "out", "own", "val") == {"valid/c.PNG": ["C one", "C two", "The report"]}
+    assert rows(tmp_path / "out", "own", "test") == {"test/d.tiff": ["Plain text first", "A lone string"]}
+    assert {reason: items for reason, items in report.dropped.items()} == {
+        "image outside of the split folders": ["loose.png"],
+        "image without a text in a .txt or .json file beside it": ["test/alone.png"],
+        "text file without an image beside it": ["test/orphan.txt"],
+    }
+
+
+def test_folder_without_images_says_what_there_is(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"dicom/{i}.dcm", b"DICM")
+    with pytest.raises(UserError, match=r"holds no image \(\.bmp, .*\); it holds 3 x \.dcm"):
+        prepare_folder(tmp_path / "dicom", tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        prepare_folder(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_folder_with_bad_texts_is_located(tmp_path):
+    write(tmp_path / "own/a.png", image_bytes())
+    write(tmp_path / "own/a.json", '{"caption": 1}')
+    with pytest.raises(UserError, match=r"a\.json: 'caption' must be a string or a list of strings, got 1"):
+        prepare_folder(tmp_path / "own", tmp_path / "out")
+    write(tmp_path / "own/a.json", "{")
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
+        prepare_folder(tmp_path / "own", tmp_path / "out")
+
+
+# Description of an arrow file
+
+
+def test_description(roco, tmp_path):
+    prepare_roco(roco, tmp_path / "out")
+    described = describe_arrow(tmp_path / "out/roco_train.arrow")
+    assert described.num_images == 3 and described.texts_per_image == [3, 1, 2]
+    assert (
+        described.formats == {"JPEG, mode L": 3}
+        and described.widths_px == [8, 8, 8]
+        and described.heights_px == [6, 6, 6]
+    )
+    text = described.render()
+    assert "3 images" in text and "caption: list<item: string>" in text and described.fingerprint in text
+    assert "6 texts" in text and "3 x JPEG, mode L" in text
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    lines = [{"image": image_bytes(i), "caption": ["x"] * i, "image_id": str(i), "split": "train"} for i in range(5)]
+    write_pairs(tmp_path / "one.arrow", lines)
+    write_pairs(tmp_path / "other_column_order.arrow", lines, dict(sorted(CAPTION_COLUMNS.items())))
+    write_pairs(tmp_path / "other_order.arrow", lines[::-1])
+    lines[2] = lines[2] | {"image": lines[2]["image"][:-1] + b"?"}
+    write_pairs(tmp_path / "other_byte.arrow", lines)
+    prints = [
+        describe_arrow(tmp_path / f"{name}.arrow").fingerprint
+        for name in ("one", "other_column_order", "other_order", "other_byte")
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_description_of_few_bad_and_no_images(tmp_path):
+    lines = [{"image": b"?" * i, "caption": [], "image_id": str(i), "split": "val"} for i in range(50)]
+    write_pairs(tmp_path / "bad.arrow", lines)
+    described = describe_arrow(tmp_path / "bad.arrow", max_images=7)
+    assert described.num_sampled == 7 and described.formats == {"unreadable": 7} and "unreadable" in described.render()
+    write_pairs(tmp_path / "none.arrow", [])
+    assert "0 images" in describe_arrow(tmp_path / "none.arrow").render()
+    (tmp_path / "cut.arrow").write_bytes((tmp_path / "bad.arrow").read_bytes()[:-20])
+    with pytest.raises(UserError, match="truncated"):
+        describe_arrow(tmp_path / "cut.arrow")
+
+
+# Real releases, where a folder with them is at hand
+
+
+@pytest.fixture
+def shared():
+    if "FASTM3AE_SHARED" not in os.environ:
+        pytest.skip("FASTM3AE_SHARED names no folder")
+    return Path(os.environ["FASTM3AE_SHARED"])
+
+
+def test_real_layouts(shared, tmp_path):
+    roco = prepare_roco(shared / "data/roco_layout_from_medpix/pretrain_data", tmp_path)
+    assert [part.num_images for part in roco.splits.values()] == [120, 30, 30] and not roco.dropped
+    medicat = prepare_medicat(shared / "data/medicat", tmp_path, num_val=1, num_test=1)
+    assert [part.num_images for part in medicat.splits.values()] == [4, 1, 1] and not medicat.dropped
+    with pytest.raises(UserError, match=r"lacks \S*data/train/radiology/captions\.txt; expected a ROCO release"):
+        prepare_irtr_roco(shared / "data/roco_text", tmp_path)
+
+
+def test_sources_name_every_function():
+    assert set(SOURCES) == {"roco", "medicat", "irtr-roco", "csv", "jsonl", "folder"}
+    assert len(set(SOURCES.values())) == len(SOURCES) and all(source.__doc__ for source in SOURCES.values())
