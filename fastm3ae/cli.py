@@ -91,7 +91,7 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("path", type=Path, help="an .arrow file, a checkpoint (folder, .safetensors, .ckpt) or a run folder")
     path = parser.parse_args(arguments).path
     if path.suffix == ".arrow":
-        from fastm3ae.data.arrow import describe_arrow
+        from fastm3ae.data.describe import describe_arrow
 
         print(describe_arrow(path).render())
     elif (path / "config.yaml").is_file():

@@ -6,8 +6,11 @@ from difflib import get_close_matches
 __all__ = ["BadSample", "UserError", "nearest"]
 
 
-class UserError(ValueError):
-    """A mistake in what the user gave: the command prints its message without a traceback and exits with 2."""
+class UserError(Exception):
+    """A mistake in what the user gave: the command prints its message without a traceback and exits with 2.
+
+    It is no ValueError, because argument parsers turn those into messages of their own.
+    """
 
 
 class BadSample(UserError):

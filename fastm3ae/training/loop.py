@@ -161,6 +161,7 @@ class Trainer:
                     meter.pause(self._validate)
                 if self.step % train.save_every_steps == 0 or last:
                     meter.pause(self._save)
+        self.num_skipped["train"] += self._report_skipped("the last epoch", self.train_loader)
         summary = self._summary(meter, time.perf_counter() - started)
         self.run_folder.summarize(summary)
         return summary

@@ -1,0 +1,236 @@
+"""Whole runs of a tiny model, through the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from corpus import caption_rows
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastm3ae.cli import main
+from fastm3ae.data.arrow import write_pairs
+
+TOKENIZER = Path(__file__).parent / "data" / "golden" / "data" / "tok" / "bert-base-uncased"
+MODEL = {
+    "vision": {"image_size_px": 32, "patch_size_px": 16, "width": 64, "num_blocks": 1},
+    "text": {"kind": "bert", "width": 16, "num_layers": 1, "num_heads": 2, "mlp_width": 32, "max_positions": 32,
+             "num_token_types": 2},
+    "fusion": {"width": 32, "num_layers": 2, "num_heads": 2},
+    "mim": {"layer": 1, "decoder_width": 32, "decoder_num_layers": 1, "decoder_num_heads": 2},
+}  # fmt: skip
+TRAIN = {"num_steps": 6, "batch_size": 8, "num_workers": 0, "log_every_steps": 1, "validate_every_steps": 3,
+         "save_every_steps": 2, "keep_checkpoints": 2, "num_pictures": 2, "tensorboard": False}  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for split, num in (("train", 12), ("val", 7)):
+        write_pairs(tmp_path / f"made_{split}.arrow", caption_rows(num, 10 if split == "val" else 100))
+    return tmp_path
+
+
+def write_config(folder, **changes):
+    """A YAML file for a tiny run; keyword sections are merged into it."""
+    config = {
+        "model": MODEL,
+        "data": {"root": str(folder), "datasets": ["made"], "tokenizer": str(TOKENIZER), "max_text_tokens": 24},
+        "optim": {"learning_rate": 1e-3},
+        "train": TRAIN,
+    }
+    for section, values in changes.items():
+        config[section] = {**config[section], **values} if isinstance(values, dict) else values
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(folder, *arguments, output="run", **changes):
+    """Runs the command on the tiny configuration; returns its exit status."""
+    config = write_config(folder, **changes)
+    overrides = ["--model.vision.weights", "random", "--model.text.weights", "random"]
+    return main(["pretrain", "--config", str(config), "--output", str(folder / output), *overrides, *arguments])
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["split"], line.get("loss"), line["mlm_loss"], line["mim_loss"], line["itm_loss"])
+            for line in lines]  # fmt: skip
+
+
+def test_a_run_leaves_everything_behind(corpus):
+    assert run(corpus, "--train.tensorboard") == 0
+    folder = corpus / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("mlm_accuracy", "mlm_accuracy_shuffled_image", "itm_accuracy", "mim_loss", "mim_loss_patch_mean"):
+        assert isinstance(summary[name], float)
+    assert summary["steps"] == 6 and summary["train_pairs"] == 24 and summary["val_pairs"] == 13
+    assert 0 <= summary["data_wait_frac"] <= 1 and summary["samples_per_s"] > 0
+    steps = [(step, split) for step, split, *_ in losses(folder)]
+    assert steps == [(1, "train"), (2, "train"), (3, "train"), (3, "val"), (4, "train"), (5, "train"), (6, "train"), (6, "val")]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    for step in (3, 6):
+        assert Image.open(folder / "pictures" / f"reconstructions_{step:06d}.png").size[0] > 400
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["model"]["text"]["vocab_size"] == 60 and resolved["data"]["datasets"] == ["made"]
+    assert "torch" in json.loads((folder / "environment.json").read_text())["libraries"]
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(corpus):
+    for output, workers in (("a", 0), ("b", 0), ("c", 2)):
+        assert run(corpus, "--train.num-workers", str(workers), output=output) == 0
+    assert run(corpus, "--seed", "1", output="d") == 0
+    first, again, workers, other = (losses(corpus / name) for name in "abcd")
+    assert first == again == workers
+    assert first != other
+    states = [load_file(corpus / name / "checkpoints/step_000006/model.safetensors") for name in "ac"]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_accumulation_equals_the_joined_batch():
+    """Two micro-batches with different numbers of masked tokens give the gradient of the batch of both."""
+    import dataclasses
+    from types import SimpleNamespace
+
+    from models import small_batch, small_model
+
+    from fastm3ae.config import PretrainConfig
+    from fastm3ae.training.loop import Trainer
+
+    parts = [small_batch(small_model(), "mlm", num=4, seed=seed) for seed in (0, 1)]
+    parts[1].mlm_labels_BT[:, 3] = 5
+    parts[1] = dataclasses.replace(parts[1], masked_index_M=None)
+    values = {}
+    for field in dataclasses.fields(parts[0]):
+        left, right = (getattr(part, field.name) for part in parts)
+        values[field.name] = torch.cat([left, right]) if isinstance(left, torch.Tensor) else left + right
+    joined = dataclasses.replace(parts[0], **{**values, "masked_index_M": None, "false_index_F": None})
+    ends = []
+    for batches in (parts, [joined]):
+        model = small_model()
+        trainer = SimpleNamespace(
+            model=model,
+            config=PretrainConfig(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            autocast=torch.no_grad.__class__ and __import__("contextlib").nullcontext,
+        )
+        trainer.schedule = SimpleNamespace(step=lambda: None)
+        sums = Trainer._optimizer_step(trainer, batches)
+        ends.append((model.state_dict(), {name: float(total) / count for name, (total, count) in sums.items()}))
+    for name, tensor in ends[0][0].items():
+        assert torch.allclose(tensor, ends[1][0][name], atol=1e-9), name
+    assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-9)
+
+
+def test_starting_from_a_checkpoint(corpus, capsys):
+    assert run(corpus) == 0
+    checkpoint = corpus / "run" / "checkpoints" / "step_000006"
+    assert run(corpus, "--init-from", str(checkpoint), output="second") == 0
+    first = [line for line in losses(corpus / "second") if line[1] == "train"][0]
+    start = [line for line in losses(corpus / "run") if line[1] == "train"][0]
+    assert first[3] < start[3]  # it knows the texts already
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert "mim_decoder" in capsys.readouterr().out
+    assert main(["inspect", str(corpus / "run")]) == 0
+    assert "== summary.json" in capsys.readouterr().out
+
+
+def bad_corpus(corpus):
+    rows = list(caption_rows(12, 100, bad=[2]))
+    write_pairs(corpus / "made_train.arrow", rows)
+
+
+def test_a_corrupt_image_stops_the_run_with_file_row_and_id(corpus, capsys):
+    bad_corpus(corpus)
+    assert run(corpus) == 2
+    error = capsys.readouterr().err
+    assert "made_train.arrow, row 2 (image_id 'img/102.png')" in error and "Traceback" not in error
+
+
+def test_a_corrupt_image_is_skipped_and_counted(corpus, capsys):
+    bad_corpus(corpus)
+    assert run(corpus, "--data.on-bad-sample", "skip", "--train.num-workers", "1") == 0
+    summary = json.loads((corpus / "run" / "summary.json").read_text())
+    assert summary["skipped_samples"]["train"] >= 3  # three texts of one image, in each of two epochs
+    assert "bad samples skipped; the first: " in capsys.readouterr().out
+
+
+def test_accuracy_under_a_shuffled_image_uses_the_text_as_it_was(corpus):
+    """A model that ignores images (its fusion reads none) scores the same with any image."""
+    from models import small_batch, small_model
+
+    from fastm3ae.training.loop import nullcontext
+    from fastm3ae.training.validation import validate
+
+    model = small_model()
+    for layer in model.fusion.text_layers:
+        torch.nn.init.zeros_(layer.cross_out.weight)
+    batches = [small_batch(model, "mlm", seed=seed) for seed in range(3)]
+    metrics = validate(model, batches, nullcontext)
+    assert metrics["mlm_accuracy"] == metrics["mlm_accuracy_shuffled_image"]
+    assert metrics["mim_loss_patch_mean"] == pytest.approx(767 / 768, abs=1e-3)
+    assert model.training
+
+
+MISTAKES = {
+    "missing data": (["--data.root", "/nowhere"], "nowhere"),
+    "missing data set": (["--data.datasets", "mad"], "Did you mean 'made_train.arrow'"),
+    "missing tokenizer": (["--data.tokenizer", "./no-tokenizer"], "no-tokenizer"),
+    "image size": (["--model.vision.image-size-px", "40"], "multiple of model.vision.patch_size_px"),
+    "swin with mim": (["--model.vision.kind", "swin", "--model.vision.patch-size-px", "4"], "Swin"),
+    "unknown device": (["--train.device", "gpu"], "train.device must be"),
+    "too long texts": (["--data.max-text-tokens", "64"], "data.max_text_tokens is 64"),
+    "missing checkpoint": (["--init-from", "nothing.ckpt"], "nothing.ckpt: there is no such checkpoint file"),
+    "too large a batch": (["--train.batch-size", "100"], "100 pairs"),
+    "unknown tower": (["--model.vision.weights", "vit_nothing"], "vit_nothing"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_one_sentence(corpus, capsys, name):
+    arguments, message = MISTAKES[name]
+    assert run(corpus, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_more_mistakes_in_files(corpus, capsys):
+    assert run(corpus) == 0
+    assert run(corpus) == 2  # the folder holds a run
+    assert "is not empty" in capsys.readouterr().err
+    write_pairs(corpus / "made_val.arrow", [])
+    assert run(corpus, output="b") == 2
+    assert "made_val.arrow" in capsys.readouterr().err
+    (corpus / "made_val.arrow").write_bytes(b"ARROW1\0\0 and nothing more")
+    assert run(corpus, output="c") == 2
+    assert "made_val.arrow" in capsys.readouterr().err
+
+
+def test_the_command_as_a_process(tmp_path):
+    """No traceback, exit status 2, and help at once, without importing torch."""
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "fastm3ae", *arguments],
+            capture_output=True, text=True, cwd=tmp_path, env=os.environ,
+        )  # fmt: skip
+
+    result = command("--help")
+    assert result.returncode == 0 and "pretrain" in result.stdout
+    assert " torch\n" not in result.stderr
+    result = command("pretrian")
+    assert result.returncode == 2 and "Did you mean 'pretrain'" in result.stderr
+    result = command("pretrain", "--preset", "demo", "--optim.learning-rat", "1")
+    assert result.returncode == 2 and "--optim.learning-rate" in result.stdout + result.stderr
+    (tmp_path / "bad.yaml").write_text("optim:\n  learning_rat: 1\n")
+    result = command("pretrain", "--config", "bad.yaml")
+    assert result.returncode == 2 and "Did you mean 'learning_rate'" in result.stderr
+    assert "Traceback" not in result.stderr
