@@ -15,10 +15,9 @@ from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.text import load_tokenizer
 
-TOKENIZER = load_tokenizer(Path(__file__).parent / "data" / "golden" / "data" / "tok" / "bert-base-uncased")
-WORDS = (
-    "acute axial brain chest cm ct figure gland hyperintense image knee large left lesion lobe mri ultrasound".split()
-)
+TOKENIZERS = Path(__file__).parent / "data" / "golden" / "data" / "tok"
+TOKENIZER = load_tokenizer(TOKENIZERS / "bert-base-uncased")
+WORDS = "acute axial brain chest cm ct figure gland hyperintense image knee large left lesion lobe mri ultrasound unknownword".split()
 SIZE = 16
 
 
@@ -45,9 +44,9 @@ def write_corpus(folder, bad=()):
     return [folder / "one_train.arrow", folder / "two_train.arrow"]
 
 
-def pretrain_batches(files, transform="clip", words="whole_word", **options):
+def pretrain_batches(files, transform="clip", words="whole_word", tokenizer=TOKENIZER, **options):
     options = {"max_text_tokens": 32, "masking": MaskingConfig(words=words), "num_patches": 4, "seed": 3} | options
-    return PretrainBatches(PairDataset(files), TOKENIZER, make_transform(transform, SIZE), **options)
+    return PretrainBatches(PairDataset(files), tokenizer, make_transform(transform, SIZE), **options)
 
 
 def assert_equal(got, want):

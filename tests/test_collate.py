@@ -5,11 +5,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from corpus import SIZE, TOKENIZER, assert_equal, pretrain_batches, write_corpus
+from corpus import SIZE, TOKENIZER, TOKENIZERS, assert_equal, pretrain_batches, write_corpus
 
 from fastm3ae.data import datasets
 from fastm3ae.data.collate import BatchRequest
-from fastm3ae.data.text import encode
+from fastm3ae.data.text import encode, load_tokenizer
 
 
 @pytest.fixture
@@ -41,10 +41,12 @@ def test_texts_are_padded_to_the_batch(corpus):
     assert batch.text_ids_BT.shape[1] == 32 and max(lengths) == 32  # some texts are cut
 
 
+@pytest.mark.parametrize("vocabulary", ["bert-base-uncased", "roberta"])
 @pytest.mark.parametrize("words", ["whole_word", "official"])
-def test_masked_text(corpus, words):
-    batches = pretrain_batches(corpus, words=words)
-    special = torch.tensor(TOKENIZER.all_special_ids)
+def test_masked_text(corpus, words, vocabulary):
+    tokenizer = load_tokenizer(TOKENIZERS / vocabulary)
+    batches = pretrain_batches(corpus, words=words, tokenizer=tokenizer)
+    special = torch.tensor(tokenizer.all_special_ids)
     num_masked = []
     for epoch in range(20):
         batch = batches[BatchRequest(epoch, 0, list(range(33)))]

@@ -77,6 +77,13 @@ def test_workers_do_not_change_the_batches(corpus):
     assert two_epochs(corpus, 0) == two_epochs(corpus, 1) == two_epochs(corpus, 2)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_default_generator_is_left_alone(corpus, num_workers):
+    before = torch.get_rng_state()  # dropout draws from it
+    assert len(list(train_loader(corpus, num_workers=num_workers).epoch(0))) == 6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("hash_seed", "start_method", "num_workers"), [(1, "spawn", 1), (2, "fork", 2)])
 def test_neither_hash_seed_nor_start_method_changes_the_batches(corpus, hash_seed, start_method, num_workers):
     if start_method not in multiprocessing.get_all_start_methods():
