@@ -328,10 +328,15 @@ def test_release_without_any_image_writes_nothing(roco, tmp_path):
     for image in roco.rglob("*.jpg"):
         image.unlink()
     with pytest.raises(
-        UserError, match=r"(?s)Not one image with a text was found.*Left out 7: the image file is missing"
+        UserError, match=r"Not one image .* nothing was written: .*7 x the image file is missing \(train/"
     ):
         prepare_roco(roco, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
+    for name in ("train", "val", "test"):
+        write(roco / f"roco/{name}/radiology/captions.txt", "")
+    (roco / REFERENCES).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="nothing was written: no text at all"):
+        prepare_roco(roco, tmp_path / "out")
 
 
 def test_progress_and_order_with_many_images(tmp_path, monkeypatch):
@@ -530,6 +535,18 @@ def test_folder_with_splits(tmp_path):
         "image without a text in a .txt or .json file beside it": ["test/alone.png"],
         "text file without an image beside it": ["test/orphan.txt"],
     }
+
+
+def test_folder_follows_links_and_names_what_is_no_file(tmp_path):
+    write(tmp_path / "disk/train/a.png", image_bytes())
+    write(tmp_path / "disk/train/a.txt", "A text")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/train").symlink_to(tmp_path / "disk/train")
+    (tmp_path / "disk/train/b.png").mkdir()
+    write(tmp_path / "disk/train/b.txt", "A text")
+    report = prepare_folder(tmp_path / "own", tmp_path / "out")
+    assert ids(tmp_path / "out", "own", "train") == ["train/a.png"]
+    assert left_out(report) == {"the image file cannot be read": 1}
 
 
 def test_folder_without_images_says_what_there_is(tmp_path):

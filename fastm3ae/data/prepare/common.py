@@ -218,7 +218,9 @@ def write_splits(
             part = report.splits[split] = SplitReport(output / f"{report.name}_{split}.arrow")
             write_pairs(Path(staging, part.file.name), rows(split, part))
         if not any(part.num_images for part in report.splits.values()):
-            raise UserError(f"Not one image with a text was found, so nothing was written.\n{report.render()}")
+            faults = [f"{len(items)} x {reason} ({items[0]})" for reason, items in report.dropped.items()]
+            why = "; ".join(faults) or "no text at all"
+            raise UserError(f"Not one image with a text was found, so nothing was written: {why}.")
         for part in report.splits.values():
             Path(staging, part.file.name).replace(part.file)
     report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]

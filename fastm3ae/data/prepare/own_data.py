@@ -1,6 +1,7 @@
 """Your own images and texts: a table (CSV or JSON lines) that names images, or a folder of images with texts beside."""
 
 import csv
+import glob
 import json
 import random
 from collections import Counter
@@ -277,8 +278,7 @@ def _split(row: Mapping[str, Any], column: str, where: str) -> str:
 
 def _folder_items(source: Path, text_keys: Sequence[str], min_words: int, report: PrepareReport) -> list[_Item]:
     """Returns the images below a folder that have texts beside them, in the order of their paths."""
-    paths = [path.relative_to(source) for path in sorted(source.rglob("*"))]
-    files = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    files = sorted(map(Path, glob.glob("**/*", root_dir=source, recursive=True)))  # follows links, skips hidden files
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         found = Counter(path.suffix for path in files if path.suffix)
