@@ -17,7 +17,9 @@ from fastm3ae.data.text import load_tokenizer
 
 TOKENIZERS = Path(__file__).parent / "data" / "golden" / "data" / "tok"
 TOKENIZER = load_tokenizer(TOKENIZERS / "bert-base-uncased")
-WORDS = "acute axial brain chest cm ct figure gland hyperintense image knee large left lesion lobe mri ultrasound unknownword".split()
+WORDS = (
+    "acute axial brain chest cm ct figure gland hyperintense image knee large left lesion lobe mri unknownword".split()
+)
 SIZE = 16
 
 

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from fastm3ae.data.text import encode, load_tokenizer
 from fastm3ae.errors import UserError
@@ -129,7 +132,25 @@ def test_tokenizer_without_a_mask_token(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_unreachable_hub():
-    # conftest.py switches the hub off.
-    with pytest.raises(UserError, match=r"'roberta-base' is no local folder and could not be fetched .* local folder"):
-        load_tokenizer("roberta-base")
+def test_tokenizer_without_a_vocabulary(tmp_path):
+    BertTokenizerFast().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no vocabulary; a local folder needs tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str
+)
+def test_unreachable_hub(environment, tmp_path):
+    code = "from fastm3ae.data.text import load_tokenizer; load_tokenizer('roberta-base')"
+    environment = os.environ | environment | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    message = result.stderr.splitlines()[-1]
+    assert "UserError: The tokenizer 'roberta-base' is no local folder and could not be fetched" in message
+    assert message.endswith(
+        "a local folder with tokenizer.json, vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa) works too."
+    )
+    assert "Retrying" not in result.stderr and time.monotonic() - start < 60

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from huggingface_hub import file_exists
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Encoding
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
 
@@ -20,10 +22,13 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
             merges.txt and nothing else, or a hub name.
 
     Raises:
-        UserError: The folder lacks a file, the hub name cannot be fetched, or the tokenizer lacks a special token.
+        UserError: The folder lacks a file, the hub name cannot be fetched, or the tokenizer lacks a special token or
+            its vocabulary.
     """
     folder = Path(name_or_folder).expanduser()
     tokenizer = _load_folder(folder) if folder.is_dir() else _load_from_hub(str(name_or_folder))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a cache with no vocabulary
+        raise UserError(f"The tokenizer {name_or_folder} has no vocabulary; a local folder needs {LOCAL_FILES}.")
     for kind in ("cls", "sep", "pad", "mask"):
         if getattr(tokenizer, f"{kind}_token_id") is None:
             raise UserError(f"The tokenizer {name_or_folder} has no {kind} token; expected one of a BERT or a RoBERTa.")
@@ -71,9 +76,20 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"The tokenizer folder {name} does not exist; expected a folder with {LOCAL_FILES}.")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=not _hub_answers(name))
     except (OSError, ValueError) as error:
         raise UserError(
             f"The tokenizer {name!r} is no local folder and could not be fetched from the Hugging Face hub "
             f"({str(error).splitlines()[0]}); a local folder with {LOCAL_FILES} works too."
         ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Returns whether the hub can be reached: transformers would try for a minute before it looks into its cache."""
+    try:
+        file_exists(name, "tokenizer_config.json")
+    except HfHubHTTPError:
+        return True
+    except Exception:  # of the HTTP library below, which is another one in every major release of the hub's client
+        return False
+    return True
