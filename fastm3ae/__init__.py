@@ -13,6 +13,8 @@ K     kept (visible) patches
 L     tokens of an image sequence: CLS and patches, N + 1 or K + 1
 T     text tokens, padding included
 M     masked text tokens of a batch, or learned memory slots where the text says so
+A     answers of the vocabulary, or of one question
+R     texts that are scored with one image
 D     width of a token
 H     attention heads
 P     pixels of a patch: patch height x patch width x 3 channels, in this order

@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """pre-train a model on arrow files, or on the embedded demo corpus (--preset demo)"""
+    """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo)."""
     import tyro
     import yaml
 
@@ -32,8 +32,10 @@ def pretrain(arguments: Sequence[str]) -> None:
             values = yaml.safe_load(chosen.config.read_text())
         except OSError as error:
             raise UserError(f"The configuration file {chosen.config} cannot be read: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"The configuration file {chosen.config} is not YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"The configuration file {chosen.config} is not YAML: {' '.join(str(error).split())}"
+            ) from error
         base = from_dict(base, values or {})
     config = tyro.cli(
         PretrainConfig,
@@ -41,9 +43,9 @@ def pretrain(arguments: Sequence[str]) -> None:
         args=overrides,
         prog=f"fastm3ae pretrain --preset {chosen.preset}",
         description=(
-            f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}; {chosen.preset} now), "
-            "then a YAML file with any of the keys below (--config FILE), then these options. The defaults shown are "
-            "those of the chosen preset and file."
+            f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}; "
+            f"{chosen.preset} now), then a YAML file with any of the keys below (--config FILE), then these options. "
+            "The defaults shown are those of the chosen preset and file."
         ),
     )
 
@@ -61,7 +63,7 @@ def pretrain(arguments: Sequence[str]) -> None:
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """turn a data set's release, or your own images and texts, into arrow files"""
+    """Turn a data set's release, or your own images and texts, into arrow files."""
     import functools
 
     import tyro
@@ -70,25 +72,30 @@ def prepare(arguments: Sequence[str]) -> None:
     from fastm3ae.data.prepare import SOURCES
 
     name = _choose("fastm3ae prepare", arguments, {name: source.__doc__ for name, source in SOURCES.items()})
-    with tqdm(unit="image", desc=name, dynamic_ncols=True) as bar:
+    bars: list[tqdm] = []
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int) -> None:
+        if not bars:  # not before the arguments are understood
+            bars.append(tqdm(total=total, unit="image", desc=name, dynamic_ncols=True))
+        bars[0].update(done - bars[0].n)
 
-        report = tyro.cli(
-            functools.partial(SOURCES[name], progress=progress),
-            args=arguments[1:],
-            prog=f"fastm3ae prepare {name}",
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
+    report = tyro.cli(
+        functools.partial(SOURCES[name], progress=progress),
+        args=arguments[1:],
+        prog=f"fastm3ae prepare {name}",
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.SuppressFixed),
+    )
+    for bar in bars:
+        bar.close()
     print(report.render())
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """say what is inside an arrow file, a checkpoint or a run folder"""
+    """Say what is inside an arrow file, a checkpoint or a run folder."""
     parser = argparse.ArgumentParser(prog="fastm3ae inspect", description=inspect.__doc__)
-    parser.add_argument("path", type=Path, help="an .arrow file, a checkpoint (folder, .safetensors, .ckpt) or a run folder")
+    parser.add_argument(
+        "path", type=Path, help="an .arrow file, a checkpoint (folder, .safetensors, .ckpt) or a run folder"
+    )
     path = parser.parse_args(arguments).path
     if path.suffix == ".arrow":
         from fastm3ae.data.describe import describe_arrow
@@ -105,10 +112,12 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """turn an official .ckpt into one of our checkpoints, or one of ours into an official .ckpt"""
+    """Turn an official .ckpt into one of our checkpoints, or one of ours into an official .ckpt."""
     parser = argparse.ArgumentParser(prog="fastm3ae convert", description=convert.__doc__)
     parser.add_argument("source", type=Path, help="a checkpoint: ours (folder or .safetensors) or an official .ckpt")
-    parser.add_argument("target", type=Path, help="what to write: NAME.ckpt is official, any other name a folder of ours")
+    parser.add_argument(
+        "target", type=Path, help="what to write: NAME.ckpt is official, any other name a folder of ours"
+    )
     chosen = parser.parse_args(arguments)
 
     from fastm3ae.pretrained import convert_checkpoint

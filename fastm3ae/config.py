@@ -145,7 +145,9 @@ class M3AEConfig:
         if vision.kind == "clip" and (vision.width % 64 or vision.width <= 0):
             raise UserError(f"model.vision.width must be a multiple of 64 for a CLIP ViT, got {vision.width}.")
         if vision.kind == "swin" and vision.image_size_px % 32:
-            raise UserError(f"model.vision.image_size_px must be a multiple of 32 for Swin, got {vision.image_size_px}.")
+            raise UserError(
+                f"model.vision.image_size_px must be a multiple of 32 for Swin, got {vision.image_size_px}."
+            )
         if vision.kind == "swin" and "mim" in self.objectives:
             raise UserError(
                 'A Swin\'s patches cannot be masked: remove "mim" from model.objectives, '
@@ -164,7 +166,9 @@ class M3AEConfig:
             ("model.mim.decoder", self.mim.decoder_width, self.mim.decoder_num_heads),
         ):
             if heads <= 0 or width % heads:
-                raise UserError(f"{name}: the width must be a multiple of the number of heads, got {width} and {heads}.")
+                raise UserError(
+                    f"{name}: the width must be a multiple of the number of heads, got {width} and {heads}."
+                )
         if "vqa" in self.objectives and self.num_answers <= 0:
             raise UserError(f"model.num_answers must be positive for the objective vqa, got {self.num_answers}.")
         if "classification" in self.objectives and self.num_classes <= 0:
@@ -191,10 +195,18 @@ class DataConfig:
     """How a training image becomes a square: see ``fastm3ae.data.images``."""
     val_transform: Literal["clip", "imagenet"] = "clip"
     """The same for validation; no augmentation."""
+    alpha: Literal["composite", "official"] = "composite"
+    """composite: transparent images are laid on black. official: their alpha is dropped, as in the original."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What to do about an image that cannot be read: stop with its file and row, or skip the pair and count it."""
     draw_demo: bool = False
     """Draw the embedded synthetic corpus into ``root`` first, unless it is there."""
+
+    def __post_init__(self) -> None:
+        if self.max_text_tokens < 3:
+            raise UserError(f"data.max_text_tokens must be at least 3 (CLS, a word, SEP), got {self.max_text_tokens}.")
+        if not self.datasets:
+            raise UserError("data.datasets must name at least one data set.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +284,8 @@ class TrainConfig:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     num_workers: int = 8
-    """Processes that decode images and tokenize texts; 0: in the main process. Never changes the results."""
+    """Processes that decode images and tokenize texts, at most the machine's cores; 0: in the main process. Never
+    changes the results."""
     log_every_steps: int = 10
     """How often losses go to metrics.jsonl and TensorBoard."""
     validate_every_steps: int = 5_000
@@ -294,6 +307,9 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_workers", "num_pictures"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +327,10 @@ class PretrainConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, got {self.seed}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from fastm3ae.config import FusionConfig, M3AEConfig, MIMConfig, TextConfig, Vis
 from fastm3ae.errors import UserError
 from fastm3ae.model.heads import sincos_positions
 
-__all__ = ["OfficialCheckpoint", "config_from_official", "from_official", "official_names", "read_official", "to_official"]
+__all__ = [
+    "OfficialCheckpoint",
+    "config_from_official",
+    "from_official",
+    "official_names",
+    "read_official",
+    "to_official",
+]
 
 _CLIP_BLOCK = {
     "attn.qkv.": "attn.in_proj_",
@@ -101,9 +108,7 @@ def official_names(name: str, vision_kind: str) -> tuple[str, ...]:
     if match := re.fullmatch(r"fusion\.(text|image)_layers\.(\d+)\.(\w+\.)(\w+)", name):
         stream, layer, module, end = match.groups()
         official_stream = "language" if stream == "text" else "vision"
-        return tuple(
-            f"multi_modal_{official_stream}_layers.{layer}.{part}{end}" for part in _FUSION_LAYER[module]
-        )
+        return tuple(f"multi_modal_{official_stream}_layers.{layer}.{part}{end}" for part in _FUSION_LAYER[module])
     if match := re.fullmatch(r"(vision|mim_decoder)\.blocks\.(\d+)\.(.+)", name):
         part, block, rest = match.groups()
         prefix = "vision_encoder.visual.transformer" if part == "vision" else "mim_head.decoder"

@@ -34,7 +34,7 @@ def num_kept_patches(num_patches: int, patch_frac: float) -> int:
         num_patches: N.
         patch_frac: p, the fraction of the patches that is hidden.
 
-    Source: ``random_masking`` in the original's vision_encoders/clip_model.py, in the same floating-point arithmetic.
+    Source: ``random_masking`` in the original's modules/m3ae_module.py, in the same floating-point arithmetic.
     """
     return int(num_patches * (1 - patch_frac))
 
@@ -49,7 +49,7 @@ def patch_order(noise_BN: Tensor) -> tuple[Tensor, Tensor]:
         shuffle_BN and restore_BN, (B, N) int64: ``shuffle_BN[b, r]`` is the patch of rank r, ``restore_BN[b, n]`` the
         rank of patch n.
 
-    Source: ``random_masking`` in the original's vision_encoders/clip_model.py.
+    Source: ``random_masking`` in the original's modules/m3ae_module.py.
     Deviation: The sort is stable; the original's is not, so that ties fall as they may.
     """
     shuffle_BN = torch.argsort(noise_BN, dim=1, stable=True)

@@ -55,7 +55,9 @@ def build(path: Path, dtype: torch.dtype) -> tuple[M3AE, list[Check]]:
     checks = [
         Check("state dict: every parameter found", float(len(missing)), not missing, ", ".join(missing[:5])),
         Check("state dict: every tensor used or known", float(len(unknown)), not unknown, ", ".join(unknown[:5])),
-        Check("state dict: exported as it was", float(len(lost) + len(extra)), not lost + extra, str((lost + extra)[:5])),
+        Check(
+            "state dict: exported as it was", float(len(lost) + len(extra)), not lost + extra, str((lost + extra)[:5])
+        ),
     ]
     return model.to(dtype).eval(), checks
 
@@ -230,7 +232,11 @@ def check_gradients(
     for name, want in tensors.items():
         if name.startswith("grad/"):
             got = by_loss["total"].get(name.removeprefix("grad/"))
-            yield missing(name) if got is None else compare(name, got[: len(want)] if want.dim() else got, want, **FLOAT32)
+            yield (
+                missing(name)
+                if got is None
+                else compare(name, got[: len(want)] if want.dim() else got, want, **FLOAT32)
+            )
     columns = meta["stats"].get("grad_norm_columns", [])
     for column, label in enumerate(columns):
         if label not in by_loss:

@@ -268,3 +268,11 @@ def test_dataset_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="it holds no arrow file"):
         dataset_files(tmp_path / "empty", ["roco"], "train")
+
+
+def test_a_damaged_column_name_is_a_sentence(tmp_path):
+    path = tmp_path / "one.arrow"
+    write_pairs(path, [{"image": b"x", "caption": ["a b c"], "image_id": "1", "split": "train"}])
+    path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xffon"))
+    with pytest.raises(UserError, match="one.arrow"):
+        ArrowTable.open([path], {"caption": "list<string>"})

@@ -53,7 +53,10 @@ def test_mistakes_are_named(values, message):
 
 
 def test_values_keep_their_types():
-    values = {"optim": {"learning_rate": "1e-4", "clip_grad_norm": None, "weight_decay": 0}, "data": {"datasets": ["a"]}}
+    values = {
+        "optim": {"learning_rate": "1e-4", "clip_grad_norm": None, "weight_decay": 0},
+        "data": {"datasets": ["a"]},
+    }
     config = from_dict(PretrainConfig(), values)
     assert config.optim.learning_rate == 1e-4 and config.optim.clip_grad_norm is None
     assert isinstance(config.optim.weight_decay, float) and config.data.datasets == ("a",)

@@ -134,4 +134,6 @@ def test_dropout_only_where_it_belongs():
     assert not torch.equal(model.encode_text(ids, is_padding), model.encode_text(ids, is_padding))
     model.text.eval()
     text, tokens = model.encode_text(ids, is_padding), model.encode_image(image)
-    assert not torch.equal(model.fusion(text, tokens, is_padding).text[-1], model.fusion(text, tokens, is_padding).text[-1])
+    assert not torch.equal(
+        model.fusion(text, tokens, is_padding).text[-1], model.fusion(text, tokens, is_padding).text[-1]
+    )

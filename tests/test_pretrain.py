@@ -72,7 +72,16 @@ def test_a_run_leaves_everything_behind(corpus):
     assert summary["steps"] == 6 and summary["train_pairs"] == 24 and summary["val_pairs"] == 13
     assert 0 <= summary["data_wait_frac"] <= 1 and summary["samples_per_s"] > 0
     steps = [(step, split) for step, split, *_ in losses(folder)]
-    assert steps == [(1, "train"), (2, "train"), (3, "train"), (3, "val"), (4, "train"), (5, "train"), (6, "train"), (6, "val")]
+    assert steps == [
+        (1, "train"),
+        (2, "train"),
+        (3, "train"),
+        (3, "val"),
+        (4, "train"),
+        (5, "train"),
+        (6, "train"),
+        (6, "val"),
+    ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
     for step in (3, 6):
         assert Image.open(folder / "pictures" / f"reconstructions_{step:06d}.png").size[0] > 400
@@ -122,7 +131,7 @@ def test_accumulation_equals_the_joined_batch():
             autocast=torch.no_grad.__class__ and __import__("contextlib").nullcontext,
         )
         trainer.schedule = SimpleNamespace(step=lambda: None)
-        sums = Trainer._optimizer_step(trainer, batches)
+        sums = Trainer.optimizer_step(trainer, batches)
         ends.append((model.state_dict(), {name: float(total) / count for name, (total, count) in sums.items()}))
     for name, tensor in ends[0][0].items():
         assert torch.allclose(tensor, ends[1][0][name], atol=1e-9), name

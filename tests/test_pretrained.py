@@ -64,7 +64,9 @@ def test_vision_weights_under_openai_names(tmp_path):
     official = to_official(source.state_dict(), source)
     prefix = "vision_encoder."
     state = {k.removeprefix(prefix): v for k, v in official.items() if k.startswith(prefix)}
-    torch.save({**state, "visual.proj": torch.zeros(3), "token_embedding.weight": torch.zeros(5, 2)}, tmp_path / "clip.pt")
+    torch.save(
+        {**state, "visual.proj": torch.zeros(3), "token_embedding.weight": torch.zeros(5, 2)}, tmp_path / "clip.pt"
+    )
     model = model_with(tmp_path / "clip.pt")
     load_tower_weights(model)
     assert all(torch.equal(a, b) for a, b in zip(model.vision.parameters(), source.vision.parameters(), strict=True))
@@ -136,5 +138,3 @@ def test_the_tokenizer_must_belong_to_the_tower():
         resolve_text(TextConfig(vocab_size=50), Vocabulary())
     with pytest.raises(UserError, match="pads with the id 1"):
         resolve_text(TextConfig(pad_token_id=0), Vocabulary())
-
-

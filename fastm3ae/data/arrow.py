@@ -235,7 +235,10 @@ def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
 def _check_batch(batch: _Batch, columns: Mapping[str, str]) -> None:
     """Raises a UserError unless the batch has the columns, of their kinds, intact and (but for ``image``) not null."""
     rows, path, first_row = batch
-    names = rows.schema.names
+    try:
+        names = rows.schema.names
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged in the name of a column: {error}.") from None
     for name, kind in columns.items():
         if names.count(name) != 1:
             fault = f"has {names.count(name)} columns {name!r}" if name in names else f"has no column {name!r}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ class PairDataset:
         files: Arrow files, one per data set.
         text_column: The list of texts of each image.
         extra_columns: Kinds of further columns that will be read, by name.
+        alpha: What happens to transparent images (``DataConfig.alpha``).
 
     Raises:
         UserError: A file cannot be read, lacks a column, or none of the files holds a pair.
@@ -34,11 +35,15 @@ class PairDataset:
     """
 
     def __init__(
-        self, files: Sequence[Path], text_column: str = "caption", extra_columns: Mapping[str, str] | None = None
+        self,
+        files: Sequence[Path],
+        text_column: str = "caption",
+        extra_columns: Mapping[str, str] | None = None,
+        alpha: Literal["composite", "official"] = "composite",
     ) -> None:
         columns = {"image": "binary", text_column: "list<string>", "image_id": "string", **(extra_columns or {})}
         self.table = ArrowTable.open(files, columns)
-        self.text_column = text_column
+        self.text_column, self.alpha = text_column, alpha
         num_texts = np.array([len(texts) for texts in self.table.column(text_column)], dtype=np.int64)
         first_pair = np.concatenate([[0], np.cumsum(num_texts)])
         self.row = np.repeat(np.arange(len(num_texts)), num_texts)
@@ -70,7 +75,7 @@ class PairDataset:
         """
         row = int(self.row[pair])
         try:
-            return decode_image(self.table.image_bytes(row))
+            return decode_image(self.table.image_bytes(row), self.alpha)
         except ValueError as error:
             file, row_in_file = self.table.locate(row)
             raise BadSample(file, row_in_file, self.image_id(pair), f"the image cannot be used: {error}") from error

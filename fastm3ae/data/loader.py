@@ -1,5 +1,6 @@
 """The order of the pairs, the worker processes, and what happens to bad samples."""
 
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -131,7 +132,7 @@ def pretrain_loader(
     data, train, vision = config.data, config.train, config.model.vision
     is_training = split == "train"
     batches = PretrainBatches(
-        PairDataset(dataset_files(data.root, data.datasets, split)),
+        PairDataset(dataset_files(data.root, data.datasets, split), alpha=data.alpha),
         tokenizer,
         make_transform(data.train_transform if is_training else data.val_transform, vision.image_size_px),
         max_text_tokens=data.max_text_tokens,
@@ -145,7 +146,7 @@ def pretrain_loader(
         batch_size=train.batch_size,
         is_training=is_training,
         seed=config.seed,
-        num_workers=train.num_workers,
+        num_workers=min(train.num_workers, os.cpu_count() or 1),
         on_bad_sample=data.on_bad_sample,
         pin_memory=torch.cuda.is_available() and train.device != "cpu",
     )

@@ -148,7 +148,7 @@ class Trainer:
         self.model.train()
         with tqdm(total=self.num_steps, desc="pretrain", unit="step", dynamic_ncols=True) as bar:
             while self.step < self.num_steps:
-                meter.add(self._optimizer_step([next(batches) for _ in range(train.accumulation_steps)]))
+                meter.add(self.optimizer_step([next(batches) for _ in range(train.accumulation_steps)]))
                 self.step += 1
                 last = self.step == self.num_steps
                 if self.step % train.log_every_steps == 0 or last:
@@ -189,7 +189,7 @@ class Trainer:
             false_image_FCHW=normalize(batch.false_image_FCHW, self.mean, self.std),
         )
 
-    def _optimizer_step(self, batches: list[PretrainBatch]) -> dict[str, tuple[Tensor, int]]:
+    def optimizer_step(self, batches: list[PretrainBatch]) -> dict[str, tuple[Tensor, int]]:
         """Makes one step on the mean losses over all batches together; returns sums and counts of the metrics."""
         config = self.model.config
         counts = {
@@ -202,7 +202,9 @@ class Trainer:
                 results = objectives.losses(outputs, batch, config)
             # The batch's share in the mean over all batches: a mean of means would weigh tokens differently.
             shares = {name: counts[name][i] / max(1, sum(counts[name])) for name in results}
-            self.scaler.scale(torch.stack([loss.mean * shares[name] for name, loss in results.items()]).sum()).backward()
+            self.scaler.scale(
+                torch.stack([loss.mean * shares[name] for name, loss in results.items()]).sum()
+            ).backward()
             for name, loss in results.items():
                 for metric, total in {"loss": loss.mean.detach() * counts[name][i], **loss.sums}.items():
                     before, count = sums.get(f"{name}_{metric}", (0, 0))
