@@ -222,9 +222,9 @@ def prosthesis(u: Plane, v: Plane) -> tuple[Plane, Plane]:
 
 
 def clips(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    row = np.mod(v + 0.25, 0.5) - 0.25
-    bar = np.minimum(0.07 - np.abs(row - 0.35 * np.abs(u)), 0.35 - np.abs(u))
-    return outlined(np.minimum(bar, 1.2 - np.abs(v)), 0.05, 0.1)
+    chevron = v - 0.35 * np.abs(u)
+    bar = np.minimum(0.07 - np.abs(np.mod(chevron + 0.25, 0.5) - 0.25), 0.35 - np.abs(u))
+    return outlined(np.minimum(bar, 1.2 - np.abs(chevron)), 0.05, 0.1)
 
 
 FINDINGS: dict[str, Paint] = {
