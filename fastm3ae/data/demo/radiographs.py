@@ -224,7 +224,7 @@ def prosthesis(u: Plane, v: Plane) -> tuple[Plane, Plane]:
 def clips(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     chevron = v - 0.35 * np.abs(u)
     bar = np.minimum(0.07 - np.abs(np.mod(chevron + 0.25, 0.5) - 0.25), 0.35 - np.abs(u))
-    return outlined(np.minimum(bar, 1.2 - np.abs(chevron)), 0.05, 0.1)
+    return outlined(np.minimum(bar, 1.1 - np.abs(chevron)), 0.05, 0.1)
 
 
 FINDINGS: dict[str, Paint] = {
