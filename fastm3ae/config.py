@@ -130,6 +130,9 @@ class M3AEConfig:
     mim: MIMConfig = field(default_factory=MIMConfig)
     objectives: tuple[Objective, ...] = PRETRAINING_OBJECTIVES
     """Which heads the model has. The training loss is the plain sum of their losses."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights outside of the vision tower. The original's 0.02 goes with its width of 768;
+    0.05 keeps signals as large at a width of 128."""
     num_answers: int = 0
     """Answers of the VQA head."""
     num_classes: int = 0

@@ -60,19 +60,21 @@ def demo() -> PretrainConfig:
     return PretrainConfig(
         output="runs/demo",
         model=M3AEConfig(
-            vision=VisionConfig(image_size_px=96, patch_size_px=16, width=128, num_blocks=4),
+            vision=VisionConfig(image_size_px=96, patch_size_px=16, width=128, num_blocks=3),
             text=TextConfig(
                 kind="bert",
                 width=128,
-                num_layers=2,
+                num_layers=1,
                 num_heads=4,
                 mlp_width=512,
                 max_positions=64,
                 num_token_types=2,
                 layer_norm_eps=1e-12,
+                dropout_frac=0.0,
             ),
-            fusion=FusionConfig(width=128, num_layers=3, num_heads=4),
-            mim=MIMConfig(layer=2, decoder_width=128, decoder_num_layers=2, decoder_num_heads=4),
+            fusion=FusionConfig(width=128, num_layers=2, num_heads=4, dropout_frac=0.0),
+            mim=MIMConfig(layer=1, decoder_width=128, decoder_num_layers=1, decoder_num_heads=4),
+            init_std=0.05,
         ),
         data=DataConfig(
             root="runs/demo-corpus",
@@ -85,12 +87,12 @@ def demo() -> PretrainConfig:
             learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
         ),
         train=TrainConfig(
-            num_steps=900,
-            batch_size=48,
+            num_steps=800,
+            batch_size=32,
             num_workers=1,
             log_every_steps=10,
-            validate_every_steps=300,
-            save_every_steps=900,
+            validate_every_steps=400,
+            save_every_steps=800,
         ),
     )
 

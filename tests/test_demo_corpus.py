@@ -33,20 +33,17 @@ NUM_DRAWN = 1500
 # Every word that tells an attribute, by attribute and value: written down here a second time, so that the captions are
 # checked against English and not against themselves.
 WORDS = {
-    "anatomy": {name: {name} for name in ("chest", "abdomen", "pelvis", "skull", "spine", "hand", "knee", "foot")},
+    "anatomy": {name: {name} for name in ("chest", "abdomen", "skull", "hand", "knee")},
     "view": {"frontal": {"frontal"}, "lateral": {"lateral"}, "oblique": {"oblique"}},
     "side": {"left": {"left"}, "right": {"right"}},
     "zone": {"upper": {"upper"}, "middle": {"middle"}, "lower": {"lower"}},
-    "size": {"small": {"small", "tiny"}, "large": {"large", "sizeable"}},
-    "number": {1: {"one", "single", "solitary"}, 2: {"two"}, 3: {"three"}},
+    "size": {"small": {"small"}, "large": {"large"}},
+    "number": {1: {"single"}, 2: {"two"}, 3: {"three"}},
     "finding": {
         "nodule": {"nodule", "nodules"},
         "cyst": {"cyst", "cysts"},
-        "opacity": {"opacity", "opacities"},
-        "calcification": {"calcification", "calcifications"},
         "fracture": {"fracture", "fractures"},
         "foreign body": {"body", "bodies"},
-        "effusion": {"effusion", "effusions"},
     },
     "device": {name: {name} for name in itertools.chain(*DEVICES_OF.values())},
 }

@@ -29,7 +29,7 @@ def decoded(monkeypatch):
     """The number of bytes of every image that is decoded."""
     calls = []
 
-    def decode(data):
+    def decode(data, alpha):
         calls.append(len(data))
         return decode_image(data)
 

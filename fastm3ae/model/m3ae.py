@@ -4,6 +4,7 @@ Source: Chen et al., "Multi-Modal Masked Autoencoders for Medical Vision-and-Lan
 official file m3ae/modules/m3ae_module.py.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class M3AE(nn.Module):
         self.config = config
         width, objectives = config.fusion.width, config.objectives
         self.vision = build_vision(config.vision)
-        self.text = build_text(config.text)
+        self.text = build_text(config.text, config.init_std)
         self.image_proj = nn.Linear(self.vision.num_features, width)
         self.text_proj = nn.Linear(config.text.width, width)
         self.modality_embeddings = nn.Embedding(2, width)
@@ -68,9 +69,9 @@ class M3AE(nn.Module):
             self.retrieval_head = nn.Linear(2 * width, 1)
         for name, module in self.named_children():
             if name not in ("vision", "text"):
-                module.apply(_init_weights)
+                module.apply(partial(_init_weights, std=config.init_std))
         if "mim" in objectives:
-            nn.init.normal_(self.mim_decoder.mask_token, std=0.02)
+            nn.init.normal_(self.mim_decoder.mask_token, std=config.init_std)
             for block in self.mim_decoder.blocks:
                 nn.init.xavier_uniform_(block.attn.qkv.weight)  # the original's initialisation misses in_proj_weight
         if "retrieval" in objectives:
@@ -164,9 +165,9 @@ class M3AE(nn.Module):
         return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_weights(module: nn.Module, std: float) -> None:
     """Source: init_weights in m3ae/modules/m3ae_utils.py."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

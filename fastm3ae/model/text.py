@@ -8,10 +8,14 @@ from fastm3ae.config import TextConfig
 __all__ = ["build_text", "encode_tokens"]
 
 
-def build_text(config: TextConfig) -> RobertaModel | BertModel:
+def build_text(config: TextConfig, init_std: float) -> RobertaModel | BertModel:
     """Builds the tower with random weights.
 
     The unused pooler is kept, frozen, so that the weights are those of the plain transformers model.
+
+    Args:
+        config: The tower's configuration, with the vocabulary resolved.
+        init_std: Standard deviation of the initial weights.
     """
     assert config.vocab_size is not None and config.pad_token_id is not None, "resolve_text fills them in"
     roberta = config.kind == "roberta"
@@ -27,6 +31,7 @@ def build_text(config: TextConfig) -> RobertaModel | BertModel:
         type_vocab_size=config.num_token_types,
         layer_norm_eps=config.layer_norm_eps,
         pad_token_id=config.pad_token_id,
+        initializer_range=init_std,
     )
     text = (RobertaModel if roberta else BertModel)(model_config)
     text.pooler.requires_grad_(False)

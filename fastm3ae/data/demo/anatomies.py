@@ -150,34 +150,6 @@ def abdomen_lateral() -> list[Shape]:
     ]
 
 
-def pelvis_frontal() -> list[Shape]:
-    return [
-        soft(0, 0, 1.0, 1.5, 0.6),
-        *both(
-            Ellipsoid(0.56, -0.4, 0.38, 0.42, BONE, -0.5, hollow=0.88),
-            bone((0.25, -0.1), (0.42, 0.12), (0.3, 0.38), (0.05, 0.42), r=0.08),
-            bone((0.42, 0.3), (0.32, 0.68), (0.08, 0.52), r=0.07),
-            pebble(0.58, 0.24, 0.17, 0.17),
-            bone((0.6, 0.26), (0.8, 0.42), (0.78, 1.1), r=0.11, end=0.14),
-        ),
-        block(0, -0.85, 0.16, 0.12),
-        Ellipsoid(0, -0.35, 0.22, 0.36, BONE, hollow=0.85),
-        *both(*(gas(0.09, y, 0.03, 0.03, 0.3) for y in steps(-0.5, 0.15, 3))),
-    ]
-
-
-def pelvis_lateral() -> list[Shape]:
-    sacrum = ((0.18, -0.82, 0.2), (0.36, -0.6, 0.5), (0.49, -0.36, 0.2), (0.54, -0.12, -0.1), (0.5, 0.08, -0.5))
-    return [
-        soft(0, 0, 0.85, 1.5, 0.6),
-        Ellipsoid(-0.1, -0.4, 0.46, 0.36, BONE, 0.5, hollow=0.88),
-        *(block(x, y, 0.19 - 0.025 * i, 0.12 - 0.01 * i, angle) for i, (x, y, angle) in enumerate(sacrum)),
-        bone((-0.15, -0.1), (-0.45, 0.3), (-0.2, 0.5), (0.15, 0.3), r=0.07),
-        pebble(-0.1, 0.12, 0.22, 0.22),
-        bone((-0.06, 0.2), (0.02, 1.1), r=0.14, end=0.17),
-    ]
-
-
 def skull_frontal() -> list[Shape]:
     return [
         soft(0, 0, 0.78, 1.0, 0.3),
@@ -206,39 +178,6 @@ def skull_lateral() -> list[Shape]:
         *(Tube(((x, 0.5), (x, 0.66)), 0.035, density=0.6, hollow=0.0) for x in (-0.6, -0.5, -0.4, -0.3)),
         bone((-0.3, 0.1), (0.05, 0.12), (0.3, 0.3), (0.55, 0.25), r=0.05),
         *(block(0.28 + 0.05 * y, y, 0.12, 0.08) for y in steps(0.5, 0.2, 4)),
-    ]
-
-
-def spine_frontal() -> list[Shape]:
-    return [
-        soft(0, 0, 1.1, 1.6, 0.5),
-        *(block(0, y, 0.4, 0.19) for y in steps(-0.86, 0.5, 5)),
-        *both(
-            *(pebble(0.24, y, 0.09, 0.12) for y in steps(-0.88, 0.5, 5)),
-            *(bone((0.4, y), (0.78, y - 0.06), r=0.06, end=0.04) for y in steps(-0.86, 0.5, 5)),
-        ),
-        *(bone((0, y), (0, y + 0.18), r=0.05) for y in steps(-0.8, 0.5, 5)),
-    ]
-
-
-def spine_lateral() -> list[Shape]:
-    return [
-        soft(0, 0, 1.0, 1.6, 0.5),
-        *(block(-0.2 + 0.2 * y * y, y, 0.34, 0.19, -0.3 * y) for y in steps(-0.86, 0.5, 5)),
-        *(
-            bone((0.15 + 0.2 * y * y, y), (0.42, y + 0.06), (0.78, y + 0.2), r=0.06, end=0.1)
-            for y in steps(-0.9, 0.5, 5)
-        ),
-    ]
-
-
-def spine_oblique() -> list[Shape]:
-    return [
-        soft(0, 0, 1.05, 1.6, 0.5),
-        *(block(-0.1, y, 0.36, 0.19, 0.12) for y in steps(-0.86, 0.5, 5)),
-        *(bone((0.1, y - 0.2), (0.3, y), (0.2, y + 0.28), r=0.08) for y in steps(-0.86, 0.5, 5)),
-        *(bone((0.3, y), (0.7, y - 0.16), r=0.07, end=0.05) for y in steps(-0.86, 0.5, 5)),
-        *(bone((-0.45, y), (-0.72, y + 0.06), r=0.05) for y in steps(-0.86, 0.5, 5)),
     ]
 
 
@@ -284,18 +223,6 @@ def hand_oblique() -> list[Shape]:
     ]
 
 
-def hand_lateral() -> list[Shape]:
-    return [
-        flesh((0.05, 0.3), (0.1, 1.2), r=0.26, end=0.24),
-        *ray((0.05, 0.4), (0.08, -0.08), (0.16, -0.5), (0.2, -0.74), (0.22, -0.9), r=0.085),
-        *ray((0.08, 0.4), (0.14, -0.06), (0.02, -0.46), (-0.1, -0.66), (-0.18, -0.78), r=0.08),
-        *ray((0.02, 0.46), (-0.28, 0.2), (-0.52, 0.02), (-0.68, -0.12), r=0.085),
-        pebble(0.06, 0.48, 0.13, 0.09),
-        pebble(0.08, 0.62, 0.14, 0.09),
-        bone((0.1, 0.78), (0.12, 1.2), r=0.16, end=0.12),
-    ]
-
-
 def knee_frontal() -> list[Shape]:
     return [
         flesh((0, -1.3), (0, 0), (0, 1.3), r=0.62, end=0.5),
@@ -321,72 +248,15 @@ def knee_lateral() -> list[Shape]:
     ]
 
 
-def foot_frontal() -> list[Shape]:
-    return [
-        flesh((-0.02, -0.25), (0.0, 0.2), (0.02, 0.85), r=0.44, end=0.3),
-        *ray((0.16, 0.18), (0.27, -0.4), (0.25, -0.63), (0.22, -0.85), r=0.11),
-        *ray((0.06, 0.12), (0.1, -0.46), (0.08, -0.66), (0.07, -0.77), (0.06, -0.86), r=0.06),
-        *ray((-0.05, 0.14), (-0.06, -0.4), (-0.08, -0.58), (-0.09, -0.68), (-0.1, -0.76), r=0.06),
-        *ray((-0.15, 0.18), (-0.21, -0.3), (-0.23, -0.47), (-0.24, -0.56), (-0.25, -0.63), r=0.06),
-        *ray((-0.24, 0.26), (-0.36, -0.16), (-0.38, -0.32), (-0.39, -0.4), (-0.4, -0.47), r=0.065),
-        *(pebble(x, 0.27, 0.08, 0.11) for x in (0.16, 0.03)),
-        pebble(-0.15, 0.36, 0.13, 0.16),
-        pebble(0.12, 0.44, 0.14, 0.08),
-        pebble(0.1, 0.62, 0.2, 0.16),
-        pebble(-0.04, 0.8, 0.19, 0.24),
-    ]
-
-
-def foot_oblique() -> list[Shape]:
-    return [
-        flesh((-0.3, -0.35), (0.0, 0.1), (0.4, 0.7), r=0.38, end=0.3),
-        *ray((0.0, 0.02), (-0.2, -0.46), (-0.32, -0.68), (-0.44, -0.84), r=0.09),
-        *ray((-0.02, 0.04), (-0.34, -0.4), (-0.46, -0.56), (-0.53, -0.65), (-0.59, -0.72), r=0.06),
-        *ray((-0.06, 0.1), (-0.44, -0.26), (-0.57, -0.41), (-0.64, -0.49), (-0.7, -0.55), r=0.06),
-        *ray((-0.1, 0.17), (-0.52, -0.1), (-0.66, -0.22), (-0.73, -0.29), (-0.79, -0.35), r=0.06),
-        *ray((-0.12, 0.27), (-0.58, 0.08), (-0.73, -0.02), (-0.8, -0.07), (-0.86, -0.12), r=0.065),
-        *(pebble(x, y, 0.09, 0.09, 0.7) for x, y in ((0.08, 0.1), (0.02, 0.2))),
-        pebble(0.04, 0.36, 0.14, 0.12, 0.7),
-        pebble(0.21, 0.22, 0.08, 0.14, 0.7),
-        pebble(0.36, 0.34, 0.2, 0.15, 0.8),
-        bone((0.28, 0.5), (0.56, 0.8), r=0.16, end=0.2),
-    ]
-
-
-def foot_lateral() -> list[Shape]:
-    return [
-        flesh((0.35, -1.2), (0.35, 0.1), r=0.3, end=0.36),
-        flesh((0.5, 0.35), (-0.3, 0.42), (-0.85, 0.55), r=0.34, end=0.16),
-        bone((0.3, -1.2), (0.3, -0.22), r=0.15, end=0.2),
-        bone((0.5, -1.2), (0.5, -0.12), r=0.08),
-        pebble(0.28, 0.08, 0.26, 0.16, 0.1),
-        bone((0.3, 0.36), (0.72, 0.48), r=0.16, end=0.19),
-        pebble(-0.02, 0.18, 0.1, 0.14, 0.2),
-        pebble(0.0, 0.42, 0.14, 0.1, 0.2),
-        pebble(-0.2, 0.28, 0.1, 0.12, 0.2),
-        *ray((-0.24, 0.34), (-0.62, 0.52), (-0.78, 0.6), (-0.92, 0.62), r=0.085),
-        *ray((-0.16, 0.46), (-0.54, 0.64), (-0.7, 0.7), (-0.84, 0.72), r=0.07),
-    ]
-
-
 BODIES: dict[tuple[str, str], tuple[Shape, ...]] = {
     ("chest", "frontal"): tuple(chest_frontal()),
     ("chest", "lateral"): tuple(chest_lateral()),
     ("abdomen", "frontal"): tuple(abdomen_frontal()),
     ("abdomen", "lateral"): tuple(abdomen_lateral()),
-    ("pelvis", "frontal"): tuple(pelvis_frontal()),
-    ("pelvis", "lateral"): tuple(pelvis_lateral()),
     ("skull", "frontal"): tuple(skull_frontal()),
     ("skull", "lateral"): tuple(skull_lateral()),
-    ("spine", "frontal"): tuple(spine_frontal()),
-    ("spine", "lateral"): tuple(spine_lateral()),
-    ("spine", "oblique"): tuple(spine_oblique()),
     ("hand", "frontal"): tuple(hand_frontal()),
-    ("hand", "lateral"): tuple(hand_lateral()),
     ("hand", "oblique"): tuple(hand_oblique()),
     ("knee", "frontal"): tuple(knee_frontal()),
     ("knee", "lateral"): tuple(knee_lateral()),
-    ("foot", "frontal"): tuple(foot_frontal()),
-    ("foot", "lateral"): tuple(foot_lateral()),
-    ("foot", "oblique"): tuple(foot_oblique()),
 }

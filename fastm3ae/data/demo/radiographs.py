@@ -155,15 +155,6 @@ def cyst(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     return 0.03 + 0.95 * inside(0.2 - np.abs(radius - 0.85)), inside(1.1 - radius)
 
 
-def opacity(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    return np.full_like(u, 0.95), 0.95 * np.maximum(np.exp(-1.1 * (u * u + v * v)) - 0.03, 0)
-
-
-def calcification(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    specks = [(0.0, 0.0), (0.75, 0.2), (-0.7, 0.35), (0.25, -0.75), (-0.5, -0.6), (0.1, 0.8)]
-    return outlined(0.27 - np.minimum.reduce([np.hypot(u - x, v - y) for x, y in specks]), rim=0.2)
-
-
 def fracture(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     zigzag = 0.25 * np.abs(np.mod(2 * u, 2) - 1) - 0.12
     across = np.abs(v + 0.5 * u - zigzag)
@@ -172,11 +163,6 @@ def fracture(u: Plane, v: Plane) -> tuple[Plane, Plane]:
 
 def foreign_body(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     return outlined(np.minimum(0.6 - v, 0.5 * v - np.abs(u) * 0.87 + 0.5), rim=0.2)
-
-
-def effusion(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    depth = 1 - np.hypot(u, v)
-    return 0.03 + 0.92 * inside(v + 0.1), inside(depth)
 
 
 def screw(u: Plane, v: Plane) -> tuple[Plane, Plane]:
@@ -197,28 +183,10 @@ def catheter(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     return outlined(np.minimum(0.09 - np.minimum(line, loop), 1.3 - np.abs(v)), 0.05, 0.1)
 
 
-def drain(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    bend = u - 0.3 * v * v + 0.2
-    walls = 0.05 - np.abs(np.abs(bend) - 0.2)
-    rungs = np.minimum(0.05 - np.abs(np.mod(v, 0.45) - 0.22), 0.2 - np.abs(bend))
-    return outlined(np.minimum(np.maximum(walls, rungs), 1.2 - np.abs(v)), 0.05, 0.1)
-
-
 def pacemaker(u: Plane, v: Plane) -> tuple[Plane, Plane]:
     box = 0.45 - (((u / 0.42) ** 4 + ((v + 0.75) / 0.45) ** 4) ** 0.25) * 0.45
     lead = np.where((v > -0.5) & (v < 1.2), 0.06 - np.abs(u - 0.35 * np.sin(2.4 * (v + 0.5))), -9)
     return outlined(np.maximum(box, lead), 0.05, 0.1)
-
-
-def stent(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    mesh = 0.06 - np.minimum(np.abs(np.mod(v + u, 0.4) - 0.2), np.abs(np.mod(v - u, 0.4) - 0.2)) * 0.7
-    return outlined(np.minimum(mesh, np.minimum(0.33 - np.abs(u), 1.1 - np.abs(v))), 0.05, 0.1)
-
-
-def prosthesis(u: Plane, v: Plane) -> tuple[Plane, Plane]:
-    ball = 0.42 - np.hypot(u, v + 0.75)
-    stem = np.minimum(0.24 - 0.1 * v - np.abs(u), np.minimum(v + 0.75, 1.25 - v))
-    return outlined(np.maximum(ball, stem), 0.05, 0.1)
 
 
 def clips(u: Plane, v: Plane) -> tuple[Plane, Plane]:
@@ -230,19 +198,13 @@ def clips(u: Plane, v: Plane) -> tuple[Plane, Plane]:
 FINDINGS: dict[str, Paint] = {
     "nodule": nodule,
     "cyst": cyst,
-    "opacity": opacity,
-    "calcification": calcification,
     "fracture": fracture,
     "foreign body": foreign_body,
-    "effusion": effusion,
 }
 DEVICES: dict[str, Paint] = {
     "screw": screw,
     "plate": plate,
     "catheter": catheter,
-    "drain": drain,
     "pacemaker": pacemaker,
-    "stent": stent,
-    "prosthesis": prosthesis,
     "clips": clips,
 }

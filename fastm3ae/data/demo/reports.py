@@ -1,7 +1,7 @@
 """Captions of a study in the wording of several readers: lower-case, and each attribute is told exactly once.
 
-A reader keeps to one vocabulary within a caption, so that the choice between synonyms can be learned from the words
-around, while the attributes themselves can only be seen in the picture.
+Readers differ in how they phrase, which can be learned from the words around; the attributes themselves have one word
+each and can only be seen in the picture.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,14 @@ from fastm3ae.data.demo.studies import LIMBS, Study, is_mirrored
 __all__ = ["READERS", "Reader", "write_caption", "write_captions"]
 
 SECOND_CAPTION_FRAC = 0.3
-PLURALS = {"opacity": "opacities", "foreign body": "foreign bodies"}
+NUMBERS = ("single", "two", "three")
+PLURALS = {"foreign body": "foreign bodies"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """One radiologist's way of dictating. The study's side goes with the body, the projection or the region."""
 
-    numbers: tuple[str, str, str]
-    sizes: dict[str, str]
     study: tuple[str, ...]
     finding: tuple[str, ...]
     normal: tuple[str, ...]
@@ -32,8 +31,6 @@ class Reader:
 
 READERS = (
     Reader(
-        numbers=("single", "two", "three"),
-        sizes={"small": "small", "large": "large"},
         study=("{projection} radiograph of the {body}", "{projection} {body} radiograph"),
         finding=("{number} {size} {finding} in the {region} zone", "{number} {size} {region} zone {finding}"),
         normal=("normal appearance", "no focal abnormality"),
@@ -42,8 +39,6 @@ READERS = (
         report=("{study} : {finding} , {device} .", "{study} with {finding} , {device} ."),
     ),
     Reader(
-        numbers=("solitary", "two", "three"),
-        sizes={"small": "small", "large": "large"},
         study=("{projection} {body} film", "{body} film , {projection}"),
         finding=("{number} {size} {region} {finding}", "{region} {finding} , {number} {size}"),
         normal=("unremarkable study", "normal study"),
@@ -52,8 +47,6 @@ READERS = (
         report=("{study} . {finding} . {device} .", "{finding} , {device} on {study} ."),
     ),
     Reader(
-        numbers=("one", "two", "three"),
-        sizes={"small": "tiny", "large": "sizeable"},
         study=("{projection} image of the {body}", "{projection} view of the {body}"),
         finding=("{number} {size} {finding} over the {region} third", "{region} third shows {number} {size} {finding}"),
         normal=("no significant finding", "within normal limits"),
@@ -85,8 +78,8 @@ def write_caption(study: Study, reader: Reader, rng: np.random.Generator) -> str
         "body": f"{study.side} {study.anatomy}" if limb else study.anatomy,
         "projection": f"{study.side} {study.view}" if mirrored and not limb else study.view,
         "region": study.zone if mirrored else f"{study.side} {study.zone}",
-        "number": reader.numbers[study.number - 1],
-        "size": reader.sizes[study.size],
+        "number": NUMBERS[study.number - 1],
+        "size": study.size,
         "finding": finding,
         "device": study.device,
     }

@@ -1,7 +1,7 @@
 """What one synthetic study shows: its attributes, and how they are drawn at random.
 
-Side follows one convention, which the picture alone decides. Where both sides of the body are in view (chest, abdomen,
-pelvis, skull and spine from the front), "left" is the patient's left, on the right of the picture as radiologists hang
+Side follows one convention, which the picture alone decides. Where both sides of the body are in view (chest, abdomen
+and skull from the front), "left" is the patient's left, on the right of the picture as radiologists hang
 it, and it is the finding's side. Everywhere else side is the whole picture's, which is mirrored for the right: a "left"
 lateral or oblique view faces the left edge, a "left" hand has its thumb on the right. Findings called left lie in the
 right half of every picture, in an upper, middle or lower row.
@@ -24,25 +24,19 @@ SIZES = ("small", "large")
 VIEWS = {
     "chest": ("frontal", "lateral"),
     "abdomen": ("frontal", "lateral"),
-    "pelvis": ("frontal", "lateral"),
     "skull": ("frontal", "lateral"),
-    "spine": ("frontal", "lateral", "oblique"),
-    "hand": ("frontal", "lateral", "oblique"),
+    "hand": ("frontal", "oblique"),
     "knee": ("frontal", "lateral"),
-    "foot": ("frontal", "lateral", "oblique"),
 }
-LIMBS = ("hand", "knee", "foot")
+LIMBS = ("hand", "knee")
 
-FINDINGS = ("nodule", "cyst", "opacity", "calcification", "fracture", "foreign body", "effusion")
+FINDINGS = ("nodule", "cyst", "fracture", "foreign body")
 DEVICES = {
-    "chest": ("pacemaker", "catheter", "drain", "stent", "clips"),
-    "abdomen": ("stent", "catheter", "drain", "clips", "screw"),
-    "pelvis": ("prosthesis", "catheter", "drain", "plate", "screw"),
-    "skull": ("plate", "catheter", "drain", "clips", "screw"),
-    "spine": ("prosthesis", "stent", "plate", "clips", "screw"),
-    "hand": ("prosthesis", "plate", "clips", "screw"),
-    "knee": ("prosthesis", "drain", "plate", "clips", "screw"),
-    "foot": ("prosthesis", "plate", "clips", "screw"),
+    "chest": ("pacemaker", "catheter", "clips"),
+    "abdomen": ("catheter", "clips", "screw"),
+    "skull": ("catheter", "clips", "screw"),
+    "hand": ("plate", "clips", "screw"),
+    "knee": ("plate", "clips", "screw"),
 }
 NORMAL_FRAC = 0.12
 DEVICE_FRAC = 0.7
