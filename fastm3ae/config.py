@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses. A unit stands in the field's name (``_px``, ``_frac``, ``_steps``).
 
-Defaults are the original's official pre-training run (run_scripts/pretrain_m3ae.sh). This module imports nothing of
-ours but the error type; ``presets.py`` holds named configurations and ``cli.py`` reads YAML files and flags.
+Defaults are the original's official pre-training run (run_scripts/pretrain_m3ae.sh). ``presets.py`` holds named
+configurations; ``cli.py`` reads YAML files and flags.
 """
 
 import dataclasses
@@ -131,8 +131,8 @@ class M3AEConfig:
     objectives: tuple[Objective, ...] = PRETRAINING_OBJECTIVES
     """Which heads the model has. The training loss is the plain sum of their losses."""
     init_std: float = 0.02
-    """Standard deviation of initial weights outside of the vision tower. The original's 0.02 goes with its width of 768;
-    0.05 keeps signals as large at a width of 128."""
+    """Standard deviation of initial weights outside of the vision tower. The original's 0.02 goes with its width of
+    768; 0.05 keeps signals as large at a width of 128."""
     num_answers: int = 0
     """Answers of the VQA head."""
     num_classes: int = 0
@@ -287,8 +287,7 @@ class TrainConfig:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     num_workers: int = 8
-    """Processes that decode images and tokenize texts, at most the machine's cores; 0: in the main process. Never
-    changes the results."""
+    """Processes that decode images and tokenize texts, at most the machine's cores; 0: none. No effect on results."""
     log_every_steps: int = 10
     """How often losses go to metrics.jsonl and TensorBoard."""
     validate_every_steps: int = 5_000

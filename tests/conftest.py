@@ -23,3 +23,27 @@ def nan_filled_empty():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two small arrow files."""
+    from corpus import write_corpus
+
+    return write_corpus(tmp_path)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The number of bytes of every image that is decoded."""
+    from fastm3ae.data import datasets
+
+    calls = []
+
+    def decode(data, alpha):
+        calls.append(len(data))
+        return decode_image(data, alpha)
+
+    decode_image = datasets.decode_image
+    monkeypatch.setattr(datasets, "decode_image", decode)
+    return calls

@@ -5,30 +5,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from corpus import SIZE, TOKENIZER, TOKENIZERS, assert_equal, pretrain_batches, write_corpus
+from corpus import SIZE, TOKENIZER, TOKENIZERS, assert_equal, pretrain_batches
 
-from fastm3ae.data import datasets
 from fastm3ae.data.collate import BatchRequest
 from fastm3ae.data.text import encode, load_tokenizer
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path)
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The number of bytes of every image that is decoded."""
-    calls = []
-
-    def decode(data, alpha):
-        calls.append(len(data))
-        return decode_image(data)
-
-    decode_image = datasets.decode_image
-    monkeypatch.setattr(datasets, "decode_image", decode)
-    return calls
 
 
 def test_texts_are_padded_to_the_batch(corpus):

@@ -13,29 +13,9 @@ import torch
 from corpus import TOKENIZER, assert_equal, caption_rows, pretrain_batches, write_corpus
 
 from fastm3ae.config import DataConfig, M3AEConfig, PretrainConfig, TrainConfig, VisionConfig
-from fastm3ae.data import datasets
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.data.loader import Loader, pretrain_loader
 from fastm3ae.errors import BadSample, UserError
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path)
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The number of bytes of every image that is decoded."""
-    calls = []
-
-    def decode(data, alpha):
-        calls.append(len(data))
-        return decode_image(data)
-
-    decode_image = datasets.decode_image
-    monkeypatch.setattr(datasets, "decode_image", decode)
-    return calls
 
 
 def train_loader(files, transform="clip_randaug", **options):

@@ -6,6 +6,7 @@ batch.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ class PretrainSample:
     patch_noise_N: np.ndarray
 
 
-class Batches:
+class Batches(ABC):
     """A data set whose keys are requests and whose values are batches of one kind, which a subclass makes.
 
     Args:
@@ -88,9 +89,9 @@ class Batches:
         self.dataset, self.tokenizer, self.transform = dataset, tokenizer, transform
         self.max_text_tokens, self.seed = max_text_tokens, seed
 
+    @abstractmethod
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
         """Returns the requested batch; pairs with an image that cannot be used are in its ``bad_samples`` instead."""
-        raise NotImplementedError
 
     def _collect(
         self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]

@@ -31,12 +31,12 @@ class Reader:
 
 READERS = (
     Reader(
-        study=("{projection} radiograph of the {body}", "{projection} {body} radiograph"),
-        finding=("{number} {size} {finding} in the {region} zone", "{number} {size} {region} zone {finding}"),
+        study=("{projection} {body} radiograph", "{body} radiograph , {projection}"),
+        finding=("{number} {size} {finding} in {region} zone", "{number} {size} {region} zone {finding}"),
         normal=("normal appearance", "no focal abnormality"),
         device=("{device} in place", "{device} present"),
         no_device="no hardware",
-        report=("{study} : {finding} , {device} .", "{study} with {finding} , {device} ."),
+        report=("{study} : {finding} , {device}", "{study} with {finding} , {device}"),
     ),
     Reader(
         study=("{projection} {body} film", "{body} film , {projection}"),
@@ -44,15 +44,15 @@ READERS = (
         normal=("unremarkable study", "normal study"),
         device=("{device} noted", "{device} in situ"),
         no_device="no device",
-        report=("{study} . {finding} . {device} .", "{finding} , {device} on {study} ."),
+        report=("{study} . {finding} . {device}", "{finding} , {device} on {study}"),
     ),
     Reader(
-        study=("{projection} image of the {body}", "{projection} view of the {body}"),
-        finding=("{number} {size} {finding} over the {region} third", "{region} third shows {number} {size} {finding}"),
+        study=("{projection} image of {body}", "{projection} view of {body}"),
+        finding=("{number} {size} {finding} over {region} third", "{region} third shows {number} {size} {finding}"),
         normal=("no significant finding", "within normal limits"),
         device=("also {device}", "status post {device}"),
         no_device="no implant",
-        report=("{study} . {finding} . {device} .", "{device} . {finding} on {study} ."),
+        report=("{study} . {finding} . {device}", "{device} . {finding} on {study}"),
     ),
 )
 

@@ -38,8 +38,8 @@ DEVICES = {
     "hand": ("plate", "clips", "screw"),
     "knee": ("plate", "clips", "screw"),
 }
-NORMAL_FRAC = 0.12
-DEVICE_FRAC = 0.7
+NORMAL_FRAC = 0.1
+DEVICE_FRAC = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
