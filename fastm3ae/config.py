@@ -258,7 +258,7 @@ class OptimConfig:
     clip_grad_norm: float | None = None
     """Scale gradients down to this total norm; None: no clipping, as the original."""
     adamw: Literal["torch", "official"] = "torch"
-    """torch: torch.optim.AdamW (fused where possible). official: the arithmetic of the original's AdamW."""
+    """torch: torch.optim.AdamW, fused. official: the arithmetic of the original's AdamW."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_frac <= 1:

@@ -111,8 +111,8 @@ def _from_hub(load, name: str, key: str):
         return load(name)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key} {name!r} is neither a local folder with the model's files nor to be had from the Hugging Face hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{key} {name!r} is neither a local folder with the model's files nor to be had from the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); 'random' starts from scratch."
         ) from error
 
 
@@ -125,8 +125,8 @@ def _load_vision(model: M3AE, name: str) -> None:
             state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
-                f"model.vision.weights {name!r} is neither a local file or folder nor a timm model that can be had: "
-                f"{str(error).splitlines()[0]}"
+                f"model.vision.weights {name!r} is neither a local file or folder nor a timm model that can be had "
+                f"({str(error).splitlines()[0]}); 'random' starts from scratch."
             ) from error
     if any(key.startswith("visual.") for key in state):  # OpenAI's CLIP, which official checkpoints hold too
         state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model)

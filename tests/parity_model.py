@@ -147,7 +147,8 @@ def observe(model: M3AE, objective: str, batch: ImageTextBatch) -> dict[str, Ten
         seen["mim_masks"] = is_hidden.to(image.dtype)
         patches = patchify(image, model.config.vision.patch_size_px)
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        seen["mim_target"] = (patches - mean) / (variance + 1e-6).sqrt()
+        normalized = (patches - mean) / (variance + 1e-6).sqrt()
+        seen["mim_target"] = normalized if model.config.mim.normalize_target else patches
     elif objective == "itm":
         image = image.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
         seen["itm_labels"] = batch.itm_labels_B.to(image.dtype)
@@ -202,12 +203,15 @@ def pick(seen: Mapping[str, Tensor], name: str, want: Tensor) -> Tensor | None:
     return got
 
 
-def retrieval_scores(model: M3AE, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The score of every image with every text."""
-    image = tensors.get("in/image_lowres", tensors.get("in/image")).to(dtype)
+def retrieval_scores(model: M3AE, tensors: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The score of every image with every text; those whose numbers are those of the recorded table."""
+    images = [tensors[name] for name in ("in/image_lowres", "in/image") if name in tensors]
+    image = next(image for image in images if len(image) == shape[0]).to(dtype)
     factor = model.config.vision.image_size_px // image.shape[-1]
     image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    ids, is_padding = tensors["in/text_ids"], tensors["in/text_masks"] == 0
+    texts = [name for name in tensors if re.fullmatch(r"in/(?!false)\w*text_ids", name)]
+    name = next(name for name in texts if len(tensors[name]) == shape[1])
+    ids, is_padding = tensors[name], tensors[name.replace("_ids", "_masks")] == 0
     rows = [
         model.retrieval_head(model.cls_features(one.expand(len(ids), -1, -1, -1), ids, is_padding))[:, 0]
         for one in image
@@ -278,7 +282,7 @@ def check_model(path: Path) -> Iterator[Check]:
             if name in tensors:
                 checked.add(name)
                 with torch.no_grad():
-                    yield compare(name, retrieval_scores(model, tensors, dtype), tensors[name], **tolerance)
+                    yield compare(name, retrieval_scores(model, tensors, tensors[name].shape, dtype), tensors[name], **tolerance)
         if f"{prefix}total_loss" in tensors:
             checked.add(f"{prefix}total_loss")
             yield compare(f"{prefix}total_loss", objectives.total(losses), tensors[f"{prefix}total_loss"], **tolerance)

@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds AdamW over the groups of ``parameter_groups``; fused where the parameters' device allows it."""
+    """Builds torch's fused AdamW, or the original's, over the groups of ``parameter_groups``."""
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.adamw == "official":

@@ -45,7 +45,8 @@ def validate(
     for batch in batches:
         with autocast():
             outputs = model(batch)
-        for name, loss in objectives.losses(outputs, batch, model.config).items():
+            results = objectives.losses(outputs, batch, model.config)
+        for name, loss in results.items():
             count = objectives.num_averaged(name, batch, model.config)
             add(f"{name}_loss", loss.mean * count, count)
             for metric, total in loss.sums.items():
@@ -55,7 +56,7 @@ def validate(
             other = batch.image_BCHW.roll(len(batch) // 2, dims=0)
             with autocast():
                 logits_MV = model.mlm(dataclasses.replace(batch, image_BCHW=other))
-            shuffled = objectives.mlm(logits_MV, batch, model.config)
+                shuffled = objectives.mlm(logits_MV, batch, model.config)
             count = objectives.num_averaged("mlm", batch, model.config)
             add("mlm_accuracy_shuffled_image", shuffled.sums["accuracy"], count)
         if "mim" in outputs:
