@@ -282,7 +282,8 @@ def check_model(path: Path) -> Iterator[Check]:
             if name in tensors:
                 checked.add(name)
                 with torch.no_grad():
-                    yield compare(name, retrieval_scores(model, tensors, tensors[name].shape, dtype), tensors[name], **tolerance)
+                    scores = retrieval_scores(model, tensors, tensors[name].shape, dtype)
+                yield compare(name, scores, tensors[name], **tolerance)
         if f"{prefix}total_loss" in tensors:
             checked.add(f"{prefix}total_loss")
             yield compare(f"{prefix}total_loss", objectives.total(losses), tensors[f"{prefix}total_loss"], **tolerance)
