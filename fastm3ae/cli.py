@@ -36,7 +36,10 @@ def pretrain(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"The configuration file {chosen.config} is not YAML: {' '.join(str(error).split())}"
             ) from error
-        base = from_dict(base, values or {})
+        try:
+            base = from_dict(base, values or {})
+        except UserError as error:
+            raise UserError(f"{chosen.config}: {error}") from error
     config = tyro.cli(
         PretrainConfig,
         default=base,
@@ -55,7 +58,7 @@ def pretrain(arguments: Sequence[str]) -> None:
         from fastm3ae.data.demo import ensure_demo_corpus
 
         corpus = ensure_demo_corpus(Path(config.data.root))
-        print(f"{corpus.root}: {corpus.num_train} training pairs, synthetic: drawn, not acquired from patients")
+        print(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
     summary = run(config)
     for name, value in summary.items():
         print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")

@@ -243,3 +243,20 @@ def test_the_command_as_a_process(tmp_path):
     result = command("pretrain", "--config", "bad.yaml")
     assert result.returncode == 2 and "Did you mean 'learning_rate'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_own_images_from_a_table_to_a_run(tmp_path, capsys):
+    lines = ["file,report,split"]
+    for row in caption_rows(16, 50):
+        name = Path(row["image_id"]).name
+        (tmp_path / name).write_bytes(row["image"])
+        lines.append(f"{name},{row['caption'][0]},{'val' if len(lines) > 12 else 'train'}")
+    (tmp_path / "reports.csv").write_text("\n".join(lines))
+    arguments = ["--image-column", "file", "--text-columns", "report", "--split-column", "split", "--name", "made"]
+    assert main(["prepare", "csv", str(tmp_path / "reports.csv"), str(tmp_path), *arguments]) == 0
+    assert "made_train.arrow" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "made_train.arrow")]) == 0
+    assert "12 images" in capsys.readouterr().out
+    assert run(tmp_path) == 0
+    assert main(["prepare", "csv", str(tmp_path / "missing.csv"), str(tmp_path)]) == 2
+    assert "missing.csv" in capsys.readouterr().err

@@ -221,7 +221,9 @@ def _open_file(path: Path) -> list[_Batch]:
     except (pa.ArrowException, OSError) as error:
         source.seek(0)
         if source.read(6) == b"ARROW1":
-            raise UserError(f"{path} is truncated or damaged: it starts as an Arrow file, but {error}.") from None
+            raise UserError(
+                f"{path} is truncated or damaged: it starts as an Arrow file but does not end as one ({error})."
+            ) from None
         raise UserError(f"{path} is not an Arrow IPC file, as `fastm3ae prepare` writes them: {error}.") from None
     batches = batches or [_no_rows(reader.schema)]
     first_rows = itertools.accumulate((batch.num_rows for batch in batches), initial=0)
