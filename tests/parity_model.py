@@ -246,13 +246,13 @@ def check_gradients(
         if label not in by_loss:
             yield missing(f"grad_norm/{label}")
             continue
-        norms, gradients = meta["stats"]["grad_norm"], by_loss[label]
+        norms, gradients = meta["stats"].get("grad_norm", {}), by_loss[label]
         wrong = [n for n, row in norms.items() if (row[column] is None) != (n not in gradients)]
         yield Check(f"grad_norm/{label}: the same parameters have none", float(len(wrong)), not wrong, str(wrong[:5]))
         names = [n for n, row in norms.items() if row[column] is not None and n in gradients]
         yield compare(
             f"grad_norm/{label}",
-            torch.stack([gradients[n].double().norm() for n in names]),
+            torch.tensor([gradients[n].norm().item() for n in names], dtype=torch.float64),
             torch.tensor([norms[n][column] for n in names], dtype=torch.float64),
             **FLOAT32,
         )
