@@ -18,7 +18,7 @@ from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, Roberta
 from fastm3ae.config import M3AEConfig, TextConfig, from_dict, to_dict
 from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.m3ae import HEADS, M3AE
 from fastm3ae.model.vision import resize_bias_tables, resize_positions
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "model.safetensors"
-HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.")
 
 
 class LoadReport(NamedTuple):

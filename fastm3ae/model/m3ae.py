@@ -18,7 +18,10 @@ from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, Pooler
 from fastm3ae.model.text import build_text, encode_tokens
 from fastm3ae.model.vision import build_vision, encode_pixels
 
-__all__ = ["M3AE", "MIMOutputs"]
+__all__ = ["HEADS", "M3AE", "MIMOutputs"]
+
+# Parameters of these names belong to one objective; all others are shared.
+HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.")
 
 
 class MIMOutputs(NamedTuple):

@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastm3ae.config import OptimConfig
+from fastm3ae.model.m3ae import HEADS
 
 __all__ = ["OfficialAdamW", "build_optimizer", "build_schedule", "parameter_groups"]
 
-HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.")
 FUSION = ("image_proj.", "text_proj.", "fusion.", "image_pooler.", "text_pooler.")
 
 
