@@ -13,6 +13,7 @@ from typing import Any, Literal
 from fastm3ae.errors import UserError, nearest
 
 __all__ = [
+    "PRETRAINING_OBJECTIVES",
     "DataConfig",
     "FusionConfig",
     "M3AEConfig",
@@ -38,8 +39,7 @@ class VisionConfig:
     kind: Literal["clip", "swin"] = "clip"
     """clip: CLIP ViT with pre-norm and QuickGELU. swin: Swin Transformer, whose patches cannot be masked (no MIM)."""
     weights: str = "random"
-    """Where the tower starts: "random", a timm model name such as "vit_base_patch16_clip_quickgelu_224.openai", or a
-    local file or folder with its weights (timm's, or OpenAI's CLIP)."""
+    """Where the tower starts: "random", a timm model name, or a file or folder of weights (timm's, or OpenAI's CLIP)."""
     image_size_px: int = 288
     """Height and width of the square input image; position embeddings are resized to it."""
     patch_size_px: int = 16
@@ -131,8 +131,7 @@ class M3AEConfig:
     objectives: tuple[Objective, ...] = PRETRAINING_OBJECTIVES
     """Which heads the model has. The training loss is the plain sum of their losses."""
     init_std: float = 0.02
-    """Standard deviation of initial weights outside of the vision tower. The original's 0.02 goes with its width of
-    768; 0.05 keeps signals as large at a width of 128."""
+    """Standard deviation of initial weights outside of the vision tower; 0.05 at width 128 acts as 0.02 does at 768."""
     num_answers: int = 0
     """Answers of the VQA head."""
     num_classes: int = 0
@@ -153,8 +152,7 @@ class M3AEConfig:
             )
         if vision.kind == "swin" and "mim" in self.objectives:
             raise UserError(
-                'A Swin\'s patches cannot be masked: remove "mim" from model.objectives, '
-                'or use model.vision.kind "clip".'
+                'Swin cannot be masked: remove "mim" from model.objectives, or use model.vision.kind "clip".'
             )
         if "mim" in self.objectives and not -1 <= self.mim.layer < fusion.num_layers:
             raise UserError(
@@ -210,6 +208,10 @@ class DataConfig:
             raise UserError(f"data.max_text_tokens must be at least 3 (CLS, a word, SEP), got {self.max_text_tokens}.")
         if not self.datasets:
             raise UserError("data.datasets must name at least one data set.")
+        if (self.train_transform == "imagenet") != (self.val_transform == "imagenet"):
+            raise UserError(
+                "data.train_transform and data.val_transform must normalise alike: imagenet for both or none."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +359,7 @@ def from_dict(base: Any, values: dict[str, Any], where: str = "") -> Any:
     Raises:
         UserError: A key is unknown (the nearest known one is named) or a value has the wrong type.
     """
-    hints = typing.get_type_hints(type(base))
-    changes = {}
+    hints, changes = typing.get_type_hints(type(base)), {}
     if not isinstance(values, dict):
         raise UserError(f"{where.rstrip('.') or 'the configuration'} must be a section of keys, got {values!r}.")
     for key, value in values.items():

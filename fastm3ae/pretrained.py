@@ -196,7 +196,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], M3AEConfig | None]:
         raise UserError(f"{path}: there is no such checkpoint file.")
     if path.suffix != ".safetensors":
         official = read_official(path)
-        config = config_from_official(official.config, official.state) if official.config else None
+        try:
+            config = config_from_official(official.config, official.state) if official.config else None
+        except KeyError as error:
+            raise UserError(f"{path} is not a checkpoint of the original M3AE: it lacks {error}.") from error
         return official.state, config
     state, metadata = _read_safetensors(path)
     if "fastm3ae_config" not in metadata:

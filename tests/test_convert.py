@@ -135,6 +135,9 @@ def test_broken_and_missing_checkpoints(tmp_path):
     torch.save({"weights": 1}, path)
     with pytest.raises(UserError, match='expected a dictionary with a "state_dict"'):
         read_weights(path)
+    lightning_checkpoint(path, {"encoder.weight": torch.zeros(2)}, official_config(model))
+    with pytest.raises(UserError, match="not a checkpoint of the original M3AE: it lacks 'language_encoder"):
+        read_weights(path)
     save_model(model, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -194,6 +194,8 @@ MISTAKES = {
     "missing tokenizer": (["--data.tokenizer", "./no-tokenizer"], "no-tokenizer"),
     "image size": (["--model.vision.image-size-px", "40"], "multiple of model.vision.patch_size_px"),
     "swin with mim": (["--model.vision.kind", "swin", "--model.vision.patch-size-px", "4"], "Swin"),
+    "an objective with labels": (["--model.objectives", "mlm", "vqa", "--model.num-answers", "3"], "names 'vqa'"),
+    "two normalisations": (["--data.train-transform", "imagenet"], "must normalise alike"),
     "unknown device": (["--train.device", "gpu"], "train.device must be"),
     "too long texts": (["--data.max-text-tokens", "64"], "data.max_text_tokens is 64"),
     "missing checkpoint": (["--init-from", "nothing.ckpt"], "nothing.ckpt: there is no such checkpoint file"),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae import objectives
-from fastm3ae.config import PretrainConfig, TrainConfig
+from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig, TrainConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.data.loader import Loader, pretrain_loader
@@ -67,8 +67,14 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
     """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
 
     Raises:
-        UserError: The longest text would not fit the language tower.
+        UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
     """
+    others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
+    if others:
+        raise UserError(
+            f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
+            f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
+        )
     text = resolve_text(config.model.text, tokenizer)
     longest = text.max_positions - (2 if text.kind == "roberta" else 0)
     if config.data.max_text_tokens > longest:
