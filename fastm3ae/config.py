@@ -1,7 +1,6 @@
 """The configuration: frozen dataclasses. A unit stands in the field's name (``_px``, ``_frac``, ``_steps``).
 
-Defaults are the original's official pre-training run (run_scripts/pretrain_m3ae.sh). ``presets.py`` holds named
-configurations; ``cli.py`` reads YAML files and flags.
+Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``presets.py`` holds named configurations.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ class VisionConfig:
     kind: Literal["clip", "swin"] = "clip"
     """clip: CLIP ViT with pre-norm and QuickGELU. swin: Swin Transformer, whose patches cannot be masked (no MIM)."""
     weights: str = "random"
-    """Where the tower starts: "random", a timm model name, or a file or folder of weights (timm's, or OpenAI's CLIP)."""
+    """Where the tower starts: "random", a timm model name, or a file or folder of weights (timm's or OpenAI's)."""
     image_size_px: int = 288
     """Height and width of the square input image; position embeddings are resized to it."""
     patch_size_px: int = 16
