@@ -19,7 +19,8 @@ def pretrain(arguments: Sequence[str]) -> None:
     import tyro
     import yaml
 
-    from fastm3ae.config import PretrainConfig, from_dict
+    from fastm3ae.config import PretrainConfig
+    from fastm3ae.configfile import from_dict
     from fastm3ae.presets import PRESETS, preset
 
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -3,13 +3,10 @@
 Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``presets.py`` holds named configurations.
 """
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.errors import UserError
 
 __all__ = [
     "PRETRAINING_OBJECTIVES",
@@ -23,8 +20,6 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VisionConfig",
-    "from_dict",
-    "to_dict",
 ]
 
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
@@ -219,9 +214,10 @@ class MaskingConfig:
 
     token_frac: float = 0.15
     """Fraction of the text tokens that masked language modelling hides."""
-    words: Literal["whole_word", "official"] = "whole_word"
-    """whole_word: whole words of the text, at least one. official: the original's rule, whose budget counts padding
-    and which hides single tokens with RoBERTa's vocabulary and nothing at all in some texts."""
+    words: Literal["whole_word", "official", "token"] = "whole_word"
+    """whole_word: whole words of the text, at least one. official: the original's rule for them, whose budget counts
+    padding and which hides single tokens with RoBERTa's vocabulary and nothing at all in some texts. token: each token
+    by itself, with probability token_frac (the original's ``whole_word_masking=False``)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.token_frac < 1:
@@ -275,14 +271,15 @@ class OptimConfig:
 class TrainConfig:
     """The loop: how long, how large, how precise, how often."""
 
-    num_steps: int = 100_000
-    """Optimiser steps."""
+    num_steps: int | None = 100_000
+    """Optimiser steps; None: as many as num_epochs needs."""
     num_epochs: int | None = None
     """Stop after so many passes over the data, if that comes first."""
-    batch_size: int = 32
-    """Image-text pairs per device and forward pass."""
-    accumulation_steps: int = 1
-    """Forward and backward passes per optimiser step."""
+    batch_size: int = 256
+    """Image-text pairs per optimiser step, over all processes and passes together."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
+    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
     device: str = "auto"
@@ -293,6 +290,8 @@ class TrainConfig:
     """How often losses go to metrics.jsonl and TensorBoard."""
     validate_every_steps: int = 5_000
     """How often the validation split is evaluated; always at the end."""
+    validate_every_epochs: float | None = None
+    """The same in passes over the data; None: use validate_every_steps."""
     max_val_batches: int | None = None
     """Validate on at most so many batches; None: the whole split."""
     num_pictures: int = 8
@@ -300,16 +299,21 @@ class TrainConfig:
     save_every_steps: int = 5_000
     """How often a checkpoint is written; always at the end."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept, beside the one that validated best."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
 
     def __post_init__(self) -> None:
-        counts = ("num_steps", "batch_size", "accumulation_steps", "log_every_steps", "validate_every_steps",
-                  "save_every_steps", "keep_checkpoints")  # fmt: skip
+        counts = ("num_steps", "num_epochs", "batch_size", "micro_batch", "log_every_steps", "validate_every_steps",
+                  "max_val_batches", "save_every_steps", "keep_checkpoints")  # fmt: skip
         for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"train.{name} must be at least 1, got {value}.")
+        if self.num_steps is None and self.num_epochs is None:
+            raise UserError("train.num_steps or train.num_epochs must say when training ends; both are None.")
+        if self.validate_every_epochs is not None and self.validate_every_epochs <= 0:
+            raise UserError(f"train.validate_every_epochs must be positive, got {self.validate_every_epochs}.")
         for name in ("num_workers", "num_pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
@@ -320,7 +324,11 @@ class PretrainConfig:
     """One pre-training run."""
 
     output: str = "runs/pretrain"
-    """The run folder; it must be new or empty."""
+    """The run folder; it must be new or empty, unless the run resumes."""
+    resume: str | None = None
+    """A checkpoint of a run to go on with, exactly; "auto": the newest whole one in ``output``, if there is one."""
+    force_resume: bool = False
+    """Go on although the configuration or the data differ from the checkpoint's."""
     init_from: str | None = None
     """A checkpoint to start from: one of ours, or an official .ckpt. Position embeddings are resized."""
     seed: int = 0
@@ -334,67 +342,3 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}.")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a dataclass as nested dictionaries of plain values, ready for YAML and JSON (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(config)
-
-
-def from_dict(base: Any, values: dict[str, Any], where: str = "") -> Any:
-    """Returns ``base`` with the fields that ``values`` names replaced, section by section.
-
-    Args:
-        base: A configuration dataclass.
-        values: Nested dictionaries, as a YAML file gives them.
-        where: Dotted name of ``base``, for the error messages.
-
-    Raises:
-        UserError: A key is unknown (the nearest known one is named) or a value has the wrong type.
-    """
-    hints, changes = typing.get_type_hints(type(base)), {}
-    if not isinstance(values, dict):
-        raise UserError(f"{where.rstrip('.') or 'the configuration'} must be a section of keys, got {values!r}.")
-    for key, value in values.items():
-        if key not in hints:
-            raise UserError(f"Unknown configuration key {where}{key}.{nearest(str(key), hints)}")
-        current = getattr(base, key)
-        if dataclasses.is_dataclass(current):
-            changes[key] = from_dict(current, value, f"{where}{key}.")
-        else:
-            changes[key] = _checked(value, hints[key], f"{where}{key}")
-    return dataclasses.replace(base, **changes)
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    """Returns ``value`` as the type that ``hint`` names, or raises a UserError that names ``where``."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _checked(value, next(a for a in args if a is not type(None)), where)
-    if origin is Literal:
-        if value not in args:
-            expected = ", ".join(map(repr, args))
-            raise UserError(f"{where} must be one of {expected}, got {value!r}.{nearest(str(value), args)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} must be a list, got {value!r}.")
-        return tuple(_checked(v, args[0], where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-5 as a string
-        try:
-            return float(value)
-        except ValueError:
-            raise UserError(f"{where} must be a number, got {value!r}.") from None
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}.")
-    return value

@@ -22,8 +22,9 @@ def m3ae() -> PretrainConfig:
     """The original's official pre-training: ViT-B/16 at 288 px, RoBERTa-base, ROCO and MediCaT, 100,000 steps.
 
     Command: ``fastm3ae pretrain --preset m3ae --data.root data/pretrain_arrows``. Hardware: the original used 8 A100
-    GPUs with 32 pairs each; on one GPU, 8 accumulated passes give the same 256 pairs per step, as here. The towers
-    start from OpenAI's CLIP and RoBERTa-base, fetched from the hub (or give local folders).
+    GPUs with 32 pairs each (here: put ``torchrun --nproc-per-node 8 -m`` before the command); one GPU makes the same
+    step of 256 pairs in as many passes as its memory asks for. The towers start from OpenAI's CLIP and RoBERTa-base,
+    fetched from the hub (or give local folders).
     """
     return PretrainConfig(
         output="runs/m3ae",
@@ -31,7 +32,6 @@ def m3ae() -> PretrainConfig:
             vision=VisionConfig(weights="vit_base_patch16_clip_quickgelu_224.openai"),
             text=TextConfig(weights="roberta-base"),
         ),
-        train=TrainConfig(batch_size=32, accumulation_steps=8),
     )
 
 
@@ -46,7 +46,6 @@ def m3ae_b32() -> PretrainConfig:
             vision=VisionConfig(weights="vit_base_patch32_clip_quickgelu_224.openai", patch_size_px=32),
             text=TextConfig(weights="roberta-base"),
         ),
-        train=TrainConfig(batch_size=64, accumulation_steps=4),
     )
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, RobertaModel
 
-from fastm3ae.config import M3AEConfig, TextConfig, from_dict, to_dict
+from fastm3ae.config import M3AEConfig, TextConfig
+from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import HEADS, M3AE

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {"config"},
-    {"kernels", "masking", "presets"},
+    {"configfile", "kernels", "masking", "presets"},
+    {"official"},
     {"data"},
     {"model"},
     {"objectives"},

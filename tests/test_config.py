@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from fastm3ae.config import PretrainConfig, TrainConfig, from_dict, to_dict
+from fastm3ae.config import PretrainConfig, TrainConfig
+from fastm3ae.configfile import differences, from_dict, to_dict
 from fastm3ae.errors import UserError
 from fastm3ae.presets import PRESETS, preset
 
@@ -26,7 +27,7 @@ def test_defaults_are_the_official_run():
     )  # fmt: skip
     assert (config.optim.learning_rate, config.optim.weight_decay, config.optim.warmup_frac) == (1e-5, 0.01, 0.1)
     assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.98, 1e-8)
-    assert (config.train.num_steps, config.train.batch_size * config.train.accumulation_steps) == (100_000, 256)
+    assert (config.train.num_steps, config.train.batch_size) == (100_000, 256)
     assert config.data.datasets == ("medicat", "roco") and config.masking.token_frac == 0.15
 
 
@@ -70,3 +71,25 @@ def test_configurations_cannot_be_changed():
 def test_unknown_preset():
     with pytest.raises(UserError, match="no preset 'dmo'.*Did you mean 'demo'"):
         preset("dmo")
+
+
+def test_differences_name_the_keys():
+    old = to_dict(PretrainConfig())
+    new = to_dict(dataclasses.replace(PretrainConfig(), train=TrainConfig(batch_size=8), seed=3))
+    assert differences(old, new) == {"seed": (0, 3), "train.batch_size": (256, 8)}
+    assert differences(old, old) == {}
+    assert differences({"a": {"b": 1}}, {"c": 2}) == {"a": ({"b": 1}, None), "c": (None, 2)}
+
+
+def test_micro_batch_is_a_number_or_auto():
+    for value in (4, "auto"):
+        assert from_dict(PretrainConfig(), {"train": {"micro_batch": value}}).train.micro_batch == value
+    for value in (0, "atuo", 2.5):
+        with pytest.raises(UserError, match="train.micro_batch must be"):
+            from_dict(PretrainConfig(), {"train": {"micro_batch": value}})
+
+
+def test_training_must_end():
+    assert TrainConfig(num_steps=None, num_epochs=2).num_steps is None
+    with pytest.raises(UserError, match="train.num_steps or train.num_epochs must say when training ends"):
+        TrainConfig(num_steps=None)

@@ -23,7 +23,8 @@ import yaml
 from PIL import Image
 
 import fastm3ae
-from fastm3ae.config import PretrainConfig, to_dict
+from fastm3ae.config import PretrainConfig
+from fastm3ae.configfile import to_dict
 from fastm3ae.errors import UserError
 
 __all__ = ["RunFolder"]
