@@ -17,6 +17,7 @@ __all__ = [
     "draw_corruption",
     "num_kept_patches",
     "patch_order",
+    "select_tokens",
     "select_words",
     "select_words_official",
     "split_patches",
@@ -139,6 +140,23 @@ def select_words_official(tokens: Sequence[str], token_frac: float, rng: random.
     is_selected_T = np.zeros(len(tokens), dtype=bool)
     is_selected_T[selected] = True
     return is_selected_T
+
+
+def select_tokens(is_special: Sequence[bool], token_frac: float, rng: np.random.Generator) -> np.ndarray:
+    """Selects each token that is not special, independently, with probability f; in a short text perhaps none.
+
+    Args:
+        is_special: For each of the T tokens whether it can not be selected.
+        token_frac: f.
+        rng: Draws one number per token, special ones included.
+
+    Returns:
+        (T,) bool, True at selected tokens.
+
+    Source: ``DataCollatorForLanguageModeling`` of transformers 4.6, the original's ``whole_word_masking=False``.
+    Deviation: The original may select the unknown token, which the caller counts as special here.
+    """
+    return (rng.random(len(is_special)) < token_frac) & ~np.array(is_special, dtype=bool)
 
 
 def draw_corruption(

@@ -15,6 +15,7 @@ from fastm3ae.masking import (
     draw_corruption,
     num_kept_patches,
     patch_order,
+    select_tokens,
     select_words,
     select_words_official,
     split_patches,
@@ -125,6 +126,19 @@ def test_recorded_frequencies_of_the_original(name):
     deviation = (2 * rates["rows_with_nothing_masked"] / rows) ** 0.5  # of the difference of two such frequencies
     assert abs(nothing / rows - rates["rows_with_nothing_masked"]) < 4 * deviation
     assert masked / real == pytest.approx(rates["masked_fraction_of_real_tokens"], rel=0.03)
+
+
+def test_every_token_that_is_not_special_is_selected_by_itself():
+    rng = np.random.default_rng(0)
+    is_special = [True, *[False] * 20, True]
+    num_texts, token_frac = 4000, 0.15
+    selected = np.array([select_tokens(is_special, token_frac, rng) for _ in range(num_texts)])
+    assert not selected[:, [0, -1]].any()
+    deviation = (num_texts * token_frac * (1 - token_frac)) ** 0.5
+    assert np.abs(selected.sum(0)[1:-1] - num_texts * token_frac).max() < 4.5 * deviation
+    # How many of a text are selected is binomial, where the whole-word rule has a budget: its variance is n f (1 - f).
+    assert selected.sum(1).var() == pytest.approx(20 * token_frac * (1 - token_frac), rel=0.1)
+    assert select_tokens([], token_frac, rng).shape == (0,)
 
 
 def test_corruption_by_hand():

@@ -24,7 +24,7 @@ from fastm3ae.data.batch import ClassificationBatch, ImageTextBatch, PretrainBat
 from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
 from fastm3ae.data.text import encode
 from fastm3ae.errors import BadSample
-from fastm3ae.masking import corrupt, draw_corruption, select_words, select_words_official
+from fastm3ae.masking import corrupt, draw_corruption, select_tokens, select_words, select_words_official
 
 __all__ = ["BatchRequest", "Batches", "ClassificationBatches", "PretrainBatches", "RetrievalBatches", "VqaBatches"]
 
@@ -235,6 +235,8 @@ class PretrainBatches(Batches):
             official_rng = random.Random(int(rng.integers(2**63)))
             is_selected = select_words_official(encoding.tokens + padding, self.masking.token_frac, official_rng)
             return is_selected[: len(encoding.ids)] & ~np.array(is_special)
+        if self.masking.words == "token":
+            return select_tokens(is_special, self.masking.token_frac, rng)
         word_ids = [None if special else word for word, special in zip(encoding.word_ids, is_special, strict=True)]
         return select_words(word_ids, self.masking.token_frac, rng)
 
