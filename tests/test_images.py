@@ -74,6 +74,8 @@ OPAQUE = {
     "cmyk.jpg": encoded(random_image("CMYK"), "JPEG"),
     "grey.png": encoded(random_image("L"), "PNG"),
     "colour.png": encoded(random_image("RGB"), "PNG"),
+    "grey_in_colour.jpg": encoded(random_image("L").convert("RGB"), "JPEG"),
+    "grey_in_colour.png": encoded(random_image("L").convert("RGB"), "PNG"),
     "opaque_alpha.png": encoded(Image.merge("RGBA", [*random_image("RGB").split(), SOLID]), "PNG"),
     "palette.png": encoded(random_image("RGB").quantize(60), "PNG"),
     "bilevel.png": encoded(random_image("L").convert("1"), "PNG"),
@@ -118,15 +120,40 @@ def test_official_alpha_is_the_originals_to_the_bit(name, size):
 def test_alpha_is_laid_over_black(name):
     image = decode_image(TRANSPARENT[name])
     pixels = np.asarray(Image.open(io.BytesIO(TRANSPARENT[name])).convert("RGBA")).astype(float)
-    assert image.mode == "RGB" and pixels[..., 3].min() < 255
+    assert image.mode in ("L", "RGB") and pixels[..., 3].min() < 255
     expected = pixels[..., :3] * pixels[..., 3:] / 255
-    assert np.abs(np.asarray(image) - expected).max() <= 0.51
+    assert np.abs(np.asarray(image.convert("RGB")) - expected).max() <= 0.51
 
 
 def test_grey_of_8_bits_is_untouched():
     image = random_image("L")
     assert decode_image(encoded(image, "PNG")).mode == "L"
     assert np.array_equal(decode_image(encoded(image, "PNG")), image)
+
+
+GREY_STORED_IN_COLOUR = {
+    "jpeg": encoded(random_image("L").convert("RGB"), "JPEG"),
+    "png": encoded(random_image("L").convert("RGB"), "PNG"),
+    "palette": encoded(random_image("L").convert("P"), "PNG"),
+    "opaque alpha": encoded(random_image("L").convert("RGBA"), "PNG"),
+    "transparent": encoded(random_image("LA"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", GREY_STORED_IN_COLOUR)
+def test_grey_stored_in_colour_is_grey(name):
+    image = decode_image(GREY_STORED_IN_COLOUR[name])
+    assert image.mode == "L" and len(np.unique(image)) > 10
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+@pytest.mark.parametrize("place", [(0, 0), (33, 20), (66, 50)])
+def test_a_single_pixel_off_grey_is_colour(place, channel):
+    image = random_image("L").convert("RGB")
+    levels = list(image.getpixel(place))
+    levels[channel] ^= 1
+    image.putpixel(place, tuple(levels))
+    assert decode_image(encoded(image, "PNG")) == image
 
 
 DEEP = {
