@@ -1,9 +1,9 @@
-"""The user's mistakes. Each message is one sentence: what was wrong, what was expected, and where."""
+"""What ends a command early: a user's mistake, said in one sentence (what, expected what, where), or a signal."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["BadSample", "UserError", "nearest"]
+__all__ = ["BadSample", "Interrupted", "UserError", "nearest"]
 
 
 class UserError(Exception):
@@ -30,6 +30,22 @@ class BadSample(UserError):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row} (image_id {self.image_id!r}): {self.reason}"
+
+
+class Interrupted(Exception):
+    """A signal ended a run early, after what it had was saved: the command exits with 128 + the signal's number.
+
+    Args:
+        message: What was saved and how to go on.
+        signal_number: The signal, 2 (SIGINT) or 15 (SIGTERM).
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)
+        self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "read_weights",
     "resolve_text",
     "save_model",
+    "save_weights",
 ]
 
 WEIGHTS_FILE = "model.safetensors"
@@ -175,9 +176,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save_model(model: M3AE, folder: Path) -> None:
     """Writes weights and configuration to ``folder``/model.safetensors."""
-    config = json.dumps(to_dict(model.config))
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt", "fastm3ae_config": config})
+    save_weights(model.state_dict(), model.config, folder)
+
+
+def save_weights(state: Mapping[str, Tensor], config: M3AEConfig, folder: Path) -> None:
+    """Writes a model's state dict and configuration to ``folder``/model.safetensors."""
+    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    metadata = {"format": "pt", "fastm3ae_config": json.dumps(to_dict(config))}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], M3AEConfig | None]:

@@ -14,12 +14,19 @@ from corpus import TOKENIZER, assert_equal, caption_rows, pretrain_batches, writ
 
 from fastm3ae.config import DataConfig, M3AEConfig, PretrainConfig, TrainConfig, VisionConfig
 from fastm3ae.data.arrow import write_pairs
-from fastm3ae.data.loader import Loader, pretrain_loader
+from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.errors import BadSample, UserError
 
 
 def train_loader(files, transform="clip_randaug", **options):
     return Loader(pretrain_batches(files, transform), **{"batch_size": 5, "is_training": True, "seed": 3} | options)
+
+
+def batches_of(loader, *epoch):
+    """The epoch's batches, of one piece each, or none where no pair can be used."""
+    for pieces in loader.epoch(*epoch):
+        assert len(pieces) <= 1
+        yield from pieces
 
 
 def digest(batches):
@@ -33,20 +40,20 @@ def digest(batches):
 
 def two_epochs(files, num_workers):
     loader = train_loader(files, num_workers=num_workers)
-    return digest(batch for epoch in range(2) for batch in loader.epoch(epoch))
+    return digest(batch for epoch in range(2) for batch in batches_of(loader, epoch))
 
 
 def test_training_visits_every_pair_once_in_a_new_order(corpus):
     loader = train_loader(corpus)
-    epochs = [[text for batch in loader.epoch(epoch) for text in batch.texts] for epoch in range(3)]
+    epochs = [[text for batch in batches_of(loader, epoch) for text in batch.texts] for epoch in range(3)]
     assert len(loader) == 6 and all(len(set(texts)) == 30 for texts in epochs)  # the last 3 of 33 make no batch
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [text for batch in train_loader(corpus, seed=4).epoch(0) for text in batch.texts]
+    assert epochs[0] != [text for batch in batches_of(train_loader(corpus, seed=4), 0) for text in batch.texts]
 
 
 def test_validation_is_the_same_each_time(corpus):
     loader = train_loader(corpus, is_training=False)
-    first, second = list(loader.epoch(0)), list(loader.epoch(7))
+    first, second = list(batches_of(loader, 0)), list(batches_of(loader, 7))
     assert len(first) == len(loader) == 7
     assert [text for batch in first for text in batch.texts] == [loader.dataset.text(pair) for pair in range(33)]
     for got, want in zip(second, first, strict=True):
@@ -60,7 +67,7 @@ def test_workers_do_not_change_the_batches(corpus):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_default_generator_is_left_alone(corpus, num_workers):
     before = torch.get_rng_state()  # dropout draws from it
-    assert len(list(train_loader(corpus, num_workers=num_workers).epoch(0))) == 6
+    assert len(list(batches_of(train_loader(corpus, num_workers=num_workers), 0))) == 6
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -81,18 +88,18 @@ def test_neither_hash_seed_nor_start_method_changes_the_batches(corpus, hash_see
 def test_batches_for_a_gpu(corpus):
     state = torch.cuda.get_rng_state()
     for num_workers in (0, 1):
-        batches = list(train_loader(corpus, num_workers=num_workers, pin_memory=True).epoch(0))
+        batches = list(batches_of(train_loader(corpus, num_workers=num_workers, pin_memory=True), 0))
         assert all(batch.image_BCHW.is_pinned() and batch.masked_index_M.is_pinned() for batch in batches)
-        assert digest(batches) == digest(train_loader(corpus).epoch(0))
+        assert digest(batches) == digest(batches_of(train_loader(corpus), 0))
     assert torch.equal(torch.cuda.get_rng_state(), state)  # dropout draws from it
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_continues_where_it_was_left(corpus, num_workers, decoded):
     loader = train_loader(corpus, num_workers=num_workers)
-    whole = list(loader.epoch(1))
+    whole = list(batches_of(loader, 1))
     assert loader.state() == (1, 6)
-    for number, batch in enumerate(loader.epoch(1)):
+    for number, batch in enumerate(batches_of(loader, 1)):
         assert loader.state() == (1, number + 1)
         assert_equal(batch, whole[number])
         if number == 2:
@@ -100,21 +107,21 @@ def test_an_epoch_continues_where_it_was_left(corpus, num_workers, decoded):
     epoch, first_batch = loader.state()
     resumed = train_loader(corpus, num_workers=num_workers)
     decoded.clear()
-    rest = list(resumed.epoch(epoch, first_batch))
+    rest = list(batches_of(resumed, epoch, first_batch))
     assert len(rest) == 3
     for got, want in zip(rest, whole[3:], strict=True):
         assert_equal(got, want)
     if num_workers == 0:
         assert len(decoded) == 3 * (5 + 3)  # nothing of the batches before
-    assert list(resumed.epoch(1, 6)) == []
+    assert list(batches_of(resumed, 1, 6)) == []
     # The loader that was left in the middle of an epoch begins the next one as if it had not been.
-    assert_equal(next(loader.epoch(2)), next(resumed.epoch(2)))
+    assert_equal(next(batches_of(loader, 2)), next(batches_of(resumed, 2)))
 
 
 def test_bad_sample_stops(tmp_path):
     loader = train_loader(write_corpus(tmp_path, bad=[4]), num_workers=1)
     with pytest.raises(BadSample, match=r"one_train.arrow, row 4 \(image_id 'img/4.png'\): the image cannot be used: "):
-        list(loader.epoch(0))
+        list(batches_of(loader, 0))
 
 
 def test_bad_samples_are_skipped_and_noted(tmp_path):
@@ -123,7 +130,7 @@ def test_bad_samples_are_skipped_and_noted(tmp_path):
     good = train_loader(write_corpus(tmp_path / "good"), batch_size=8)
     bad = train_loader(write_corpus(tmp_path / "bad", bad=[4, 5]), batch_size=8, on_bad_sample="skip", num_workers=1)
     num_noted = num_false_bad = 0
-    for got, want in zip(bad.epoch(0), good.epoch(0), strict=True):
+    for got, want in zip(batches_of(bad, 0), batches_of(good, 0), strict=True):
         assert len(got) + len(got.bad_samples) == 8
         kept = [want.texts.index(text) for text in got.texts]
         assert kept == sorted(kept) and not {"img/4.png", "img/5.png"} & set(got.item_ids)
@@ -146,16 +153,16 @@ def test_a_batch_without_a_good_pair_is_passed_over(tmp_path):
     write_pairs(tmp_path / "a_val.arrow", caption_rows(12, bad=range(2, 12)))  # pairs 0, 1 and 2 are good
     options = {"batch_size": 4, "is_training": False, "on_bad_sample": "skip"}
     loader = Loader(pretrain_batches([tmp_path / "a_val.arrow"], draw_false_images=False), **options)
-    (batch,) = loader.epoch(0)
+    (batch,) = batches_of(loader, 0)
     assert len(batch) == 3 and loader.state() == (0, 6) and len(loader.bad_samples) == 21
-    assert len(list(loader.epoch(1))) == 1 and len(loader.bad_samples) == 21  # counted anew
+    assert len(list(batches_of(loader, 1))) == 1 and len(loader.bad_samples) == 21  # counted anew
 
 
 def test_no_good_pair_at_all(tmp_path):
     write_pairs(tmp_path / "a_val.arrow", caption_rows(3, bad=range(3)))
     options = {"batch_size": 4, "is_training": False, "on_bad_sample": "skip"}
     with pytest.raises(UserError, match=r"Not one pair can be used; the first of 6: .*a_val.arrow, row 0"):
-        list(Loader(pretrain_batches([tmp_path / "a_val.arrow"]), **options).epoch(0))
+        list(batches_of(Loader(pretrain_batches([tmp_path / "a_val.arrow"]), **options), 0))
 
 
 def test_fewer_pairs_than_a_batch(corpus):
@@ -172,13 +179,13 @@ def test_loader_of_a_configuration(tmp_path):
         data=DataConfig(root=str(tmp_path), datasets=("one", "two"), max_text_tokens=16),
         train=TrainConfig(batch_size=6, num_workers=0, device="cpu"),
     )
-    batch = next(pretrain_loader(config, TOKENIZER, "train").epoch(0))
+    batch = next(batches_of(pretrain_loader(config, TOKENIZER, "train"), 0))
     assert batch.image_BCHW.shape == (6, 3, 32, 32) and batch.patch_noise_BN.shape == (6, 4)
     assert batch.text_ids_BT.shape == (6, 16) and len(batch.false_image_FCHW) == 3
     with pytest.raises(UserError, match="two_val.arrow"):
         pretrain_loader(config, TOKENIZER, "val")
     config = replace(config, data=replace(config.data, datasets=("one",)), model=M3AEConfig(objectives=("mlm",)))
-    batch = next(pretrain_loader(config, TOKENIZER, "val").epoch(0))
+    batch = next(batches_of(pretrain_loader(config, TOKENIZER, "val"), 0))
     assert len(batch) == 3 and batch.patch_noise_BN.shape == (3, 0) and len(batch.false_image_FCHW) == 0
 
 

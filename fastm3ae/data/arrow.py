@@ -5,6 +5,7 @@ The files are Arrow IPC files named ``{dataset}_{split}.arrow``, as the original
 ``list<...>`` of a kind. Reading accepts every width of a kind (``string`` and ``large_string``, and so on).
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fastm3ae.errors import UserError, nearest
 
@@ -101,6 +103,20 @@ class ArrowTable:
         if buffer is None:
             raise ValueError("the row has no image (null)")
         return memoryview(buffer).cast("B")
+
+    def fingerprint(self, columns: Iterable[str]) -> str:
+        """Returns the SHA-256 of the columns' values, row by row, with the size of an image in its place.
+
+        Equal rows give an equal fingerprint, however they are cut into files and record batches.
+        """
+        digest, names = hashlib.sha256(), sorted(columns)
+        for batch in self.batches:
+            values = [
+                pc.binary_length(batch.column(name)) if name == "image" else batch.column(name) for name in names
+            ]
+            for row in zip(*(array.to_pylist() for array in values), strict=True):
+                digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
 
     def locate(self, index: int) -> tuple[str, int]:
         """Returns the file that holds a row, and the row's number in that file, from 0."""

@@ -8,7 +8,7 @@ batch.
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,11 +36,19 @@ AnySample = TypeVar("AnySample")
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Which pairs a batch consists of, and where it stands: number ``batch`` of an epoch."""
+    """A part of batch number ``batch`` of an epoch; what is drawn for a batch does not depend on its division.
+
+    Args:
+        epoch: Number of the epoch.
+        batch: Number of the batch in the epoch.
+        pairs: The pairs of the whole batch.
+        part: Which of them are requested.
+    """
 
     epoch: int
     batch: int
     pairs: Sequence[int]
+    part: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,7 @@ class Batches(ABC):
     ) -> tuple[list[AnySample], list[BadSample]]:
         """Returns a sample of each pair that can be used, and an error for each other one."""
         samples, bad_samples = [], []
-        for pair in request.pairs:
+        for pair in request.pairs[request.part]:
             try:
                 samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
             except BadSample as error:

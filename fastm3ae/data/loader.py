@@ -1,7 +1,8 @@
-"""The order of the pairs, the worker processes, and what happens to bad samples."""
+"""The order of the pairs, their division among processes, the worker processes, and what happens to bad samples."""
 
-import os
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,13 +18,43 @@ from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.errors import BadSample, UserError
 
-__all__ = ["Loader", "pretrain_loader"]
+__all__ = ["Loader", "Place", "pretrain_loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which part of every batch this process works on, and in what pieces.
+
+    Args:
+        micro_batch: Pairs per piece, at most; None: whatever the part has.
+        rank: Number of this process.
+        num_ranks: How many processes share a batch.
+    """
+
+    micro_batch: int | None = None
+    rank: int = 0
+    num_ranks: int = 1
+
+    def pieces(self, num_pairs: int, is_training: bool) -> list[slice]:
+        """Returns the pieces of a batch of ``num_pairs``.
+
+        In training every process gets its share, equal but for one pair. In validation the pieces are the same for any
+        number of processes and dealt out in turn, because some controls look at a piece as a whole.
+        """
+        if is_training:
+            return self._cut(num_pairs * self.rank // self.num_ranks, num_pairs * (self.rank + 1) // self.num_ranks)
+        return self._cut(0, num_pairs)[self.rank :: self.num_ranks]
+
+    def _cut(self, start: int, stop: int) -> list[slice]:
+        num = -(-(stop - start) // self.micro_batch) if self.micro_batch else 1
+        bounds = [start + (stop - start) * k // num for k in range(num + 1)]
+        return list(map(slice, bounds, bounds[1:]))
 
 
 class Loader:
     """Batches of an epoch, made by worker processes, in an order that depends only on the seed and the epoch.
 
-    For training every epoch is a new permutation without its incomplete last batch. For validation every epoch is the
+    A batch comes as a list of pieces: those of this process, of a size that its device can hold at once. For training every epoch is a new permutation without its incomplete last batch. For validation every epoch is the
     same: the files' order, all pairs, the same draws.
 
     Attributes:
@@ -31,15 +62,16 @@ class Loader:
 
     Args:
         batches: Makes the batches.
-        batch_size: Pairs per batch.
+        batch_size: Pairs per batch, over all processes.
         is_training: Whether the pairs are permuted and every epoch draws anew.
+        place: Which part of each batch this process works on.
         seed: Seed of the order.
         num_workers: Worker processes; 0: none. Never changes the batches.
         on_bad_sample: stop: raise the first bad sample. skip: leave it out and note it in ``bad_samples``.
         pin_memory: Whether the batches' tensors are put into page-locked memory.
 
     Raises:
-        UserError: There are fewer pairs than a training batch needs.
+        UserError: There are fewer pairs than a training batch needs, or fewer than processes in a batch.
     """
 
     def __init__(
@@ -48,6 +80,7 @@ class Loader:
         *,
         batch_size: int,
         is_training: bool,
+        place: Place = Place(),  # noqa: B008, it is frozen
         seed: int = 0,
         num_workers: int = 0,
         on_bad_sample: Literal["stop", "skip"] = "stop",
@@ -56,10 +89,12 @@ class Loader:
         self.dataset = batches.dataset
         if is_training and len(self.dataset) < batch_size:
             raise UserError(f"A batch needs {batch_size} pairs, but the training split has only {len(self.dataset)}.")
+        if is_training and batch_size < place.num_ranks:
+            raise UserError(f"{place.num_ranks} processes cannot share a batch of {batch_size} pairs.")
         self.on_bad_sample = on_bad_sample
         self.bad_samples: list[BadSample] = []
         self._epoch, self._num_given = 0, 0
-        self._order = _Order(len(self.dataset), batch_size, is_training, seed)
+        self._order = _Order(len(self.dataset), batch_size, is_training, place, seed)
         self._loader = DataLoader(
             batches,
             sampler=self._order,
@@ -67,6 +102,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_ctrl_c_to_the_trainer,
             generator=torch.Generator(),  # else it draws from torch's default one, on which dropout depends
         )
 
@@ -74,28 +110,42 @@ class Loader:
         """Returns the number of batches of an epoch."""
         return self._order.num_batches
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[ImageTextBatch]:
-        """Yields the batches of an epoch from number ``first_batch`` on; the ones before cost nothing.
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[ImageTextBatch]]:
+        """Yields this process's pieces of each batch of an epoch, from number ``first_batch`` on.
 
-        A batch without a pair that can be used is passed over.
+        The batches before cost nothing. A piece without a pair that can be used is left out.
 
         Raises:
             BadSample: A sample is bad and ``on_bad_sample`` is "stop".
-            UserError: No pair of the epoch can be used.
+            UserError: No pair of the epoch can be used, or a worker process died.
         """
         self._epoch, self._num_given, self.bad_samples = epoch, first_batch, []
         self._order.epoch, self._order.first_batch = epoch, first_batch
         is_any_good = first_batch > 0
-        for batch in self._loader:
+        pieces = iter(self._loader)
+        for batch in range(first_batch, len(self)):
+            good = []
+            for _ in self._order.parts(batch):
+                piece = self._next(pieces)
+                if piece.bad_samples and self.on_bad_sample == "stop":
+                    raise piece.bad_samples[0]
+                self.bad_samples += piece.bad_samples
+                good += [piece] if len(piece) else []
             self._num_given += 1
-            if batch.bad_samples and self.on_bad_sample == "stop":
-                raise batch.bad_samples[0]
-            self.bad_samples += batch.bad_samples
-            if len(batch):
-                is_any_good = True
-                yield batch
-        if not is_any_good:
+            is_any_good |= bool(good)
+            yield good
+        if not is_any_good and self.bad_samples:
             raise UserError(f"Not one pair can be used; the first of {len(self.bad_samples)}: {self.bad_samples[0]}")
+
+    def _next(self, pieces: Iterator[ImageTextBatch]) -> ImageTextBatch:
+        try:
+            return next(pieces)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"A process that loads data died, perhaps for want of memory (fewer train.num_workers need less): {error}"
+            ) from error
 
     def state(self) -> tuple[int, int]:
         """Returns the arguments with which ``epoch`` continues after the last batch that was given."""
@@ -105,26 +155,49 @@ class Loader:
 class _Order:
     """The requests of the epoch that was set last, from the batch that was set last."""
 
-    def __init__(self, num_pairs: int, batch_size: int, is_training: bool, seed: int) -> None:
-        self.num_pairs, self.batch_size, self.is_training, self.seed = num_pairs, batch_size, is_training, seed
+    def __init__(self, num_pairs: int, batch_size: int, is_training: bool, place: Place, seed: int) -> None:
+        self.num_pairs, self.batch_size, self.is_training = num_pairs, batch_size, is_training
+        self.place, self.seed = place, seed
         self.num_batches = num_pairs // batch_size if is_training else -(-num_pairs // batch_size)
         self.epoch, self.first_batch = 0, 0
+
+    def parts(self, batch: int) -> list[slice]:
+        """Returns the pieces of a batch that this process works on."""
+        num_pairs = min(self.batch_size, self.num_pairs - batch * self.batch_size)
+        return self.place.pieces(num_pairs, self.is_training)
 
     def __iter__(self) -> Iterator[BatchRequest]:
         epoch = self.epoch if self.is_training else 0
         pairs = np.arange(self.num_pairs)
         if self.is_training:
             pairs = keyed_rng(self.seed, epoch, OF_EPOCH, 0).permutation(pairs)
-        # With several processes that train together, each would take its part of every batch here.
         for batch in range(self.first_batch, self.num_batches):
-            part = pairs[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield BatchRequest(epoch, batch, part.tolist())
+            whole = pairs[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            for part in self.parts(batch):
+                yield BatchRequest(epoch, batch, whole, part)
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer still needs this one to end in peace."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def pretrain_loader(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"]
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    split: Literal["train", "val"],
+    *,
+    place: Place = Place(),  # noqa: B008, it is frozen
+    num_workers: int = 0,
 ) -> Loader:
     """Returns the loader of a split of the configured data sets.
+
+    Args:
+        config: The run.
+        tokenizer: Splits the texts.
+        split: Which files are read.
+        place: Which part of each batch this process works on.
+        num_workers: Worker processes of this process.
 
     Raises:
         UserError: A file is missing or cannot be read, the split is empty, or smaller than a training batch.
@@ -145,8 +218,9 @@ def pretrain_loader(
         batches,
         batch_size=train.batch_size,
         is_training=is_training,
+        place=place,
         seed=config.seed,
-        num_workers=min(train.num_workers, os.cpu_count() or 1),
+        num_workers=num_workers,
         on_bad_sample=data.on_bad_sample,
         pin_memory=torch.cuda.is_available() and train.device != "cpu",
     )

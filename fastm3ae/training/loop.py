@@ -3,99 +3,31 @@
 import dataclasses
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae import objectives
-from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig, TrainConfig
+from fastm3ae.config import PretrainConfig, TrainConfig
+from fastm3ae.configfile import to_dict
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.images import normalization, normalize
-from fastm3ae.data.loader import Loader, pretrain_loader
-from fastm3ae.data.text import load_tokenizer
-from fastm3ae.errors import UserError
+from fastm3ae.data.loader import Loader
+from fastm3ae.errors import Interrupted, UserError
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
-from fastm3ae.training.checkpoint import save_checkpoint
-from fastm3ae.training.optim import build_optimizer, build_schedule, parameter_groups
+from fastm3ae.training.checkpoint import Checkpointer
+from fastm3ae.training.distributed import Processes
+from fastm3ae.training.interrupt import StopRequest
+from fastm3ae.training.meter import Meter
 from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.step import OptimizerStep
 from fastm3ae.training.validation import draw_reconstructions, validate
 
-__all__ = ["pretrain"]
-
-
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Runs a pre-training and returns what it wrote to summary.json.
-
-    Args:
-        config: The run.
-
-    Raises:
-        UserError: Something that the configuration names is missing or does not fit.
-    """
-    device = pick_device(config.train.device)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = resolve(config, tokenizer)
-    train_loader = pretrain_loader(config, tokenizer, "train")
-    val_loader = pretrain_loader(config, tokenizer, "val")
-    torch.manual_seed(config.seed)
-    model = M3AE(config.model)
-    load_tower_weights(model)
-    if config.init_from is not None:
-        report = init_model(model, Path(config.init_from))
-        for what, names in report._asdict().items():
-            if names:
-                tqdm.write(f"{config.init_from}: {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
-    run = RunFolder(Path(config.output), config, device, config.train.tensorboard)
-    for note in [*train_loader.dataset.notes, *val_loader.dataset.notes]:
-        tqdm.write(note)
-    try:
-        return Trainer(config, tokenizer, model.to(device), train_loader, val_loader, run, device).run()
-    finally:
-        run.close()
-
-
-def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainConfig:
-    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
-
-    Raises:
-        UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
-    """
-    others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
-    if others:
-        raise UserError(
-            f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
-            f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
-        )
-    text = resolve_text(config.model.text, tokenizer)
-    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
-    if config.data.max_text_tokens > longest:
-        raise UserError(
-            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
-            f"tokens (model.text.max_positions {text.max_positions})."
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device that ``TrainConfig.device`` names."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device is {name!r}, but torch {torch.__version__} sees no GPU here.")
-    return device
+__all__ = ["Trainer", "autocast_context"]
 
 
 def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -107,16 +39,17 @@ def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], A
 
 
 class Trainer:
-    """The loop: optimiser steps, logging, validation, checkpoints.
+    """The loop: when to step, log, validate, save and stop.
 
     Args:
-        config: The resolved configuration.
+        config: The resolved configuration; ``train.micro_batch`` is a number.
         tokenizer: For the words in the pictures.
         model: The model, on its device.
         train_loader: Training batches.
         val_loader: Validation batches.
-        run: Where everything is written.
-        device: Where the model computes.
+        run_folder: Where everything is written; None in all processes but the first.
+        processes: Those that train together.
+        fingerprints: What the data and the tokenizer hold, for the checkpoints.
     """
 
     def __init__(
@@ -126,121 +59,162 @@ class Trainer:
         model: M3AE,
         train_loader: Loader,
         val_loader: Loader,
-        run: RunFolder,
-        device: torch.device,
+        run_folder: RunFolder | None,
+        processes: Processes,
+        fingerprints: dict[str, str],
     ) -> None:
-        self.config, self.tokenizer, self.model, self.run_folder, self.device = config, tokenizer, model, run, device
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.num_steps = config.train.num_steps
-        if config.train.num_epochs is not None:
-            steps_per_epoch = max(1, len(train_loader) // config.train.accumulation_steps)
-            self.num_steps = min(self.num_steps, config.train.num_epochs * steps_per_epoch)
-        self.optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim)
-        self.schedule = build_schedule(self.optimizer, config.optim, self.num_steps)
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=device.type == "cuda" and config.train.precision == "fp16"
-        )
-        self.autocast = autocast_context(config.train, device)
+        train, device = config.train, processes.device
+        self.config, self.tokenizer, self.model, self.run_folder = config, tokenizer, model, run_folder
+        self.train_loader, self.val_loader, self.processes = train_loader, val_loader, processes
+        self.fingerprints = fingerprints
+        from_epochs = train.num_epochs * len(train_loader) if train.num_epochs else None
+        self.num_steps = min(steps for steps in (train.num_steps, from_epochs) if steps is not None)
+        self.validate_every = train.validate_every_steps
+        if train.validate_every_epochs is not None:
+            self.validate_every = max(1, round(train.validate_every_epochs * len(train_loader)))
+        self.autocast = autocast_context(train, device)
+        is_fp16 = device.type == "cuda" and train.precision == "fp16"
+        self.make_step = OptimizerStep(model, config.optim, self.num_steps, processes, self.autocast, is_fp16)
+        self.checkpointer = None
+        if run_folder is not None:
+            self.checkpointer = Checkpointer(run_folder.path / "checkpoints", train.keep_checkpoints)
+        self.meter = Meter(processes)
         self.mean, self.std = (t.to(device) for t in normalization(config.data.val_transform))
-        self.step = 0
+        self.stop = StopRequest(is_quiet=not processes.is_first)
+        self.step, self.saved_step, self.validated_step = 0, None, None
+        self.position = (0, 0)  # epoch and batch to go on with
+        self.num_skipped_now = 0  # in the epoch, up to there
         self.validation: dict[str, float] = {}
+        self.best_score: float | None = None
         self.num_skipped = {"train": 0, "val": 0}
+        self.wall_s = 0.0
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the summary."""
-        train, started = self.config.train, time.perf_counter()
-        meter = Meter()
-        batches = self._train_batches(meter)
-        self.model.train()
-        with tqdm(total=self.num_steps, desc="pretrain", unit="step", dynamic_ncols=True) as bar:
-            while self.step < self.num_steps:
-                meter.add(self.optimizer_step([next(batches) for _ in range(train.accumulation_steps)]))
-                self.step += 1
-                last = self.step == self.num_steps
-                if self.step % train.log_every_steps == 0 or last:
-                    values = meter.read()
-                    values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-                    self.run_folder.log(self.step, "train", values)
-                    bar.set_postfix_str(_brief(values), refresh=False)
-                bar.update()
-                if self.step % train.validate_every_steps == 0 or last:
-                    meter.pause(self._validate)
-                if self.step % train.save_every_steps == 0 or last:
-                    meter.pause(self._save)
-        self.num_skipped["train"] += self._report_skipped("the last epoch", self.train_loader)
-        summary = self._summary(meter, time.perf_counter() - started)
-        self.run_folder.summarize(summary)
+        """Trains to the end and returns the summary.
+
+        Raises:
+            Interrupted: A signal asked to stop; the steps made so far are saved.
+            UserError: A sample or another process failed, or the last checkpoint could not be written.
+        """
+        with self.stop, tqdm(
+            total=self.num_steps, initial=self.step, desc="pretrain", unit="step", dynamic_ncols=True,
+            disable=self.run_folder is None,
+        ) as bar:  # fmt: skip
+            try:
+                self._train(bar)
+            finally:
+                if self.checkpointer is not None:
+                    self.checkpointer.close()
+        summary = self._summary()
+        if self.run_folder is not None:
+            self.run_folder.summarize(summary)
         return summary
 
-    def _train_batches(self, meter: "Meter") -> Iterator[PretrainBatch]:
-        """Yields batches on the device, epoch after epoch."""
-        for epoch in itertools.count():
-            batches = self.train_loader.epoch(epoch)
-            while (batch := meter.wait(partial(next, batches, None))) is not None:
-                yield self._to_device(batch)
-            self.num_skipped["train"] += self._report_skipped(f"epoch {epoch}", self.train_loader)
+    def _train(self, bar: tqdm) -> None:
+        train, started = self.config.train, time.perf_counter() - self.wall_s
+        self.model.train()
+        batches = self._batches()
+        self._follow_step()
+        while self.step < self.num_steps:
+            pieces = self.meter.wait(partial(self._next, batches))
+            counts = self.make_step.count(pieces)
+            num_stops, num_pairs, *totals = self.processes.sum(
+                [self.stop.signal is not None, sum(map(len, pieces)), *counts]
+            )
+            if num_stops:
+                break
+            if num_pairs:
+                self.meter.add(self.make_step(pieces, totals), sum(map(len, pieces)))
+                self.step += 1
+                bar.update()
+            self.position, self.num_skipped_now = self.train_loader.state(), len(self.train_loader.bad_samples)
+            self.wall_s = time.perf_counter() - started
+            if num_pairs:
+                self._follow_step(bar)
+        self.wall_s = time.perf_counter() - started
+        if self.step < self.num_steps:
+            self._stop_early()
 
-    def _report_skipped(self, where: str, loader: Loader) -> int:
-        """Says how many samples were bad since the loader's epoch began, and which was the first."""
+    def _follow_step(self, bar: tqdm | None = None) -> None:
+        """Logs, validates and saves what is due after a step, or after resuming at it."""
+        train, is_last = self.config.train, self.step == self.num_steps
+        if bar is not None and (self.step % train.log_every_steps == 0 or is_last):
+            values = self.meter.read()
+            values["learning_rate"] = self.make_step.optimizer.param_groups[0]["lr"]
+            self._log("train", values)
+            bar.set_postfix_str(_brief(values), refresh=False)
+        if self.step == 0:
+            return
+        is_best = False
+        if (self.step % self.validate_every == 0 or is_last) and self.validated_step != self.step:
+            self.meter.pause(self._validate)
+            if self.validated_step == self.step and "score" in self.validation:
+                is_best = self.best_score is None or self.validation["score"] > self.best_score
+                self.best_score = self.validation["score"] if is_best else self.best_score
+        is_due = self.step % train.save_every_steps == 0 or is_last or is_best
+        if is_due and (self.saved_step != self.step or is_best):
+            self.meter.pause(partial(self._save, is_best))
+
+    def _batches(self) -> Iterator[list[PretrainBatch]]:
+        """Yields this process's pieces of batch after batch, on the device, epoch after epoch."""
+        first_epoch, first_batch = self.position
+        for epoch in itertools.count(first_epoch):
+            for pieces in self.train_loader.epoch(epoch, first_batch if epoch == first_epoch else 0):
+                yield [self._to_device(piece) for piece in pieces]
+            self._count_skipped("train", f"epoch {epoch}", self.train_loader)
+
+    def _next(self, batches: Iterator[list[PretrainBatch]]) -> list[PretrainBatch]:
+        try:
+            return next(batches)
+        except UserError:
+            # A signal to the whole process group ends the loader's processes, too; the batch is not needed any more.
+            if self.stop.signal is None:
+                raise
+            return []
+
+    def _count_skipped(self, split: str, where: str, loader: Loader) -> None:
+        """Counts the samples that were bad since the loader's epoch began, and says which was the first."""
         bad = loader.bad_samples
         if bad:
             tqdm.write(f"{where}: {len(bad)} bad samples skipped; the first: {bad[0]}")
-        return len(bad)
+        self.num_skipped[split] = len(bad) + (self.num_skipped[split] if split == "train" else 0)
+        self.num_skipped_now = 0 if split == "train" else self.num_skipped_now
 
     def _to_device(self, batch: PretrainBatch) -> PretrainBatch:
-        batch = batch.to(self.device, non_blocking=True)
+        batch = batch.to(self.processes.device, non_blocking=True)
         return dataclasses.replace(
             batch,
             image_BCHW=normalize(batch.image_BCHW, self.mean, self.std),
             false_image_FCHW=normalize(batch.false_image_FCHW, self.mean, self.std),
         )
 
-    def optimizer_step(self, batches: list[PretrainBatch]) -> dict[str, tuple[Tensor, int]]:
-        """Makes one step on the mean losses over all batches together; returns sums and counts of the metrics."""
-        config = self.model.config
-        counts = {
-            name: [objectives.num_averaged(name, batch, config) for batch in batches] for name in config.objectives
-        }
-        sums: dict[str, tuple[Tensor, int]] = {}
-        for i, batch in enumerate(batches):
-            with self.autocast():
-                outputs = self.model(batch)
-                results = objectives.losses(outputs, batch, config)
-            # The batch's share in the mean over all batches: a mean of means would weigh tokens differently.
-            shares = {name: counts[name][i] / max(1, sum(counts[name])) for name in results}
-            self.scaler.scale(
-                torch.stack([loss.mean * shares[name] for name, loss in results.items()]).sum()
-            ).backward()
-            for name, loss in results.items():
-                for metric, total in {"loss": loss.mean.detach() * counts[name][i], **loss.sums}.items():
-                    before, count = sums.get(f"{name}_{metric}", (0, 0))
-                    sums[f"{name}_{metric}"] = (before + total, count + counts[name][i])
-        if self.config.optim.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        sums["samples"] = (torch.tensor(float(sum(map(len, batches)))), 1)
-        return sums
+    def _log(self, split: str, values: dict[str, float]) -> None:
+        if self.run_folder is not None:
+            self.run_folder.log(self.step, split, values)
 
     def _validate(self) -> None:
-        """Evaluates the validation split, logs it, and draws its first pairs."""
+        """Evaluates the validation split, logs it, and draws its first pairs; leaves all that when asked to stop."""
         first: list[PretrainBatch] = []
 
-        def batches() -> Iterator[PretrainBatch]:
-            for number, batch in enumerate(self.val_loader.epoch(0)):
-                if number == self.config.train.max_val_batches:
-                    break
-                batch = self._to_device(batch)
-                first[:] = first or [batch]
-                yield batch
+        def pieces() -> Iterator[PretrainBatch]:
+            for pieces in itertools.islice(self.val_loader.epoch(0), self.config.train.max_val_batches):
+                for piece in pieces:
+                    if self.stop.signal is not None:
+                        return
+                    piece = self._to_device(piece)
+                    first[:] = first or [piece]
+                    yield piece
 
-        self.validation = validate(self.model, batches(), self.autocast)
-        self.num_skipped["val"] = self._report_skipped("validation", self.val_loader)
-        self.run_folder.log(self.step, "val", self.validation)
-        tqdm.write(f"step {self.step}, validation: {_brief(self.validation)}")
+        metrics = validate(self.model, pieces(), self.autocast, self.processes)
+        (num_stops,) = self.processes.sum([self.stop.signal is not None])
+        if num_stops:
+            return
+        self.validation, self.validated_step = metrics, self.step
+        self._count_skipped("val", "validation", self.val_loader)
+        self._log("val", metrics)
+        if self.run_folder is None:
+            return
+        tqdm.write(f"step {self.step}, validation: {_brief(metrics)}")
         if first and "mim" in self.model.config.objectives and self.config.train.num_pictures:
             mean, std = (t.flatten().tolist() for t in (self.mean, self.std))
             sheet = draw_reconstructions(
@@ -248,78 +222,89 @@ class Trainer:
             )
             self.run_folder.picture(self.step, "reconstructions", sheet)
 
-    def _save(self) -> None:
+    def _save(self, is_best: bool = False) -> None:
+        of_each_process = self.processes.gather(
+            {
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if self.processes.device.type == "cuda" else None,
+                "meter": self.meter.state(),
+                "num_skipped": self.num_skipped["train"] + self.num_skipped_now,
+            }
+        )
+        self.saved_step = self.step
+        if self.checkpointer is None:
+            return
         state = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loader": self.train_loader.state(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            **self.make_step.state(),
+            "position": self.position,
+            "of_each_process": of_each_process,
+            "validation": self.validation,
+            "validated_step": self.validated_step,
+            "best_score": self.best_score,
+            "wall_s": self.wall_s,
+            "config": to_dict(self.config),
+            "fingerprints": self.fingerprints,
+            "num_processes": self.processes.number,
+            "micro_batch": self.config.train.micro_batch,
         }
-        folder = self.run_folder.path / "checkpoints"
-        save_checkpoint(folder, self.step, self.model, state, self.config.train.keep_checkpoints)
+        self.checkpointer.save(self.step, self.model, state, is_best)
 
-    def _summary(self, meter: "Meter", seconds: float) -> dict[str, Any]:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where a checkpoint's training state was taken.
+
+        Raises:
+            UserError: The state does not fit the model, which only a forced change of the configuration can bring about.
+        """
+        try:
+            self.make_step.restore(state)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"The checkpoint's optimiser state does not fit this configuration: {error}") from error
+        self.step = self.saved_step = state["step"]
+        self.position, self.validation = tuple(state["position"]), state["validation"]
+        self.validated_step, self.best_score = state["validated_step"], state["best_score"]
+        self.wall_s = state["wall_s"]
+        rank, device, number = self.processes.rank, self.processes.device, self.processes.number
+        if len(state["of_each_process"]) == number:
+            own = state["of_each_process"][rank]
+            self.meter.restore(own["meter"], device)
+            self.num_skipped["train"] = own["num_skipped"]
+            torch.set_rng_state(own["torch_rng"])
+            if own["cuda_rng"] is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_rng"])
+        else:
+            torch.manual_seed(self.config.seed + self.step * number + rank)
+
+    def _stop_early(self) -> None:
+        """Saves what there is, unless that was done, and ends.
+
+        Raises:
+            Interrupted: Always.
+        """
+        if self.step and self.saved_step != self.step:
+            self._save()
+        if self.checkpointer is not None:
+            self.checkpointer.close()
+        signals = [signal for signal in self.processes.gather(self.stop.signal) if signal is not None]
+        saved = f"step {self.step} is saved; --resume auto goes on from it" if self.step else "no step was made yet"
+        raise Interrupted(f"{signals[0].name} stopped the run: {saved}.", int(signals[0]))
+
+    def _summary(self) -> dict[str, Any]:
+        skipped = self.num_skipped["train"] + self.num_skipped_now
+        num_train, num_val = self.processes.sum([skipped, self.num_skipped["val"]])
         return {
             "steps": self.step,
             **self.validation,
-            "samples_per_s": meter.total_samples / max(meter.total_seconds, 1e-9),
-            "data_wait_frac": meter.total_waited / max(meter.total_seconds, 1e-9),
-            "wall_s": seconds,
+            "samples_per_s": self.meter.total_samples / max(self.meter.total_seconds, 1e-9),
+            "data_wait_frac": self.meter.total_waited / max(self.meter.total_seconds, 1e-9),
+            "wall_s": self.wall_s,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "num_processes": self.processes.number,
+            "micro_batch": self.config.train.micro_batch,
             "train_pairs": len(self.train_loader.dataset),
             "val_pairs": len(self.val_loader.dataset),
-            "skipped_samples": self.num_skipped,
+            "skipped_samples": {"train": int(num_train), "val": int(num_val)},
         }
-
-
-class Meter:
-    """Running sums on the device, read (and waited for) only when they are logged; and where the time goes."""
-
-    def __init__(self) -> None:
-        self.total_samples = self.total_seconds = self.total_waited = 0.0
-        self._start_window()
-
-    def _start_window(self) -> None:
-        self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        self._counts: defaultdict[str, int] = defaultdict(int)
-        self._waited, self._paused, self._started = 0.0, 0.0, time.perf_counter()
-
-    def add(self, sums: dict[str, tuple[Tensor, int]]) -> None:
-        """Adds one step's sums and counts."""
-        for name, (total, count) in sums.items():
-            self._sums[name] += total
-            self._counts[name] += count
-
-    def wait(self, fetch: Callable[[], Any]) -> Any:
-        """Returns what ``fetch`` gives, and counts its time as waiting for data."""
-        before = time.perf_counter()
-        fetched = fetch()
-        self._waited += time.perf_counter() - before
-        return fetched
-
-    def pause(self, work: Callable[[], None]) -> None:
-        """Does some work whose time is not training time."""
-        before = time.perf_counter()
-        work()
-        self._paused += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        """Returns the means since the last call, with samples per second and the share of time spent on waiting."""
-        sums = {name: float(total) for name, total in self._sums.items()}  # waits for the device
-        seconds = time.perf_counter() - self._started - self._paused
-        samples = sums.pop("samples", 0.0)
-        values = {name: total / max(1, self._counts[name]) for name, total in sums.items()}
-        values["loss"] = sum(value for name, value in values.items() if name.endswith("_loss"))
-        values["samples_per_s"] = samples / max(seconds, 1e-9)
-        values["data_wait_frac"] = self._waited / max(seconds, 1e-9)
-        self.total_samples += samples
-        self.total_seconds += seconds
-        self.total_waited += self._waited
-        self._start_window()
-        return values
 
 
 def _brief(values: dict[str, float]) -> str:

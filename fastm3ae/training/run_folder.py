@@ -1,11 +1,12 @@
 """The run folder: everything that a run leaves behind.
 
 config.yaml         the resolved configuration
-environment.json    versions, device, code version
+data.json           the data files and the fingerprints of what they hold
+environment.json    versions, device, code version; environment_NNNNNN.json from where the run was resumed
 metrics.jsonl       a line per logged training step and per validation
 summary.json        the last validation, throughput and counts, written at the end
 pictures/           reconstructions at each validation
-checkpoints/        step_NNNNNN folders with model.safetensors and training_state.pt
+checkpoints/        step_NNNNNN folders and the best weights: see checkpoint.py
 tensorboard/        event files
 """
 
@@ -16,7 +17,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -36,32 +37,35 @@ class RunFolder:
     """Writes a run's files.
 
     Args:
-        path: The folder; made if it is not there.
         config: The resolved configuration.
+        data: What the run reads, for data.json.
         device: Where the run computes.
-        tensorboard: Whether to write event files.
+        step: Steps that were made before; metrics of later ones are cut off, because they will be made again.
 
     Raises:
-        UserError: The folder is not empty or can't be written.
+        UserError: The folder can't be written, or is not empty although the run does not resume.
     """
 
-    def __init__(self, path: Path, config: PretrainConfig, device: torch.device, tensorboard: bool) -> None:
-        self.path = path
+    def __init__(self, config: PretrainConfig, data: Mapping[str, Any], device: torch.device, step: int) -> None:
+        self.path = path = Path(config.output)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise UserError(f"The run folder {path} is not empty: choose another --output, or remove it.")
-            (path / "pictures").mkdir()
-            self._metrics = (path / "metrics.jsonl").open("w", buffering=1)
+            is_a_run = (path / "config.yaml").is_file()
+            if any(path.iterdir()) and not (is_a_run and config.resume):
+                hint = "--resume auto goes on with its run, or " if is_a_run else ""
+                raise UserError(f"The run folder {path} is not empty: {hint}choose another --output, or remove it.")
+            (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+            self._write_json("data.json", data)
+            self._write_json(f"environment_{step:06d}.json" if step else "environment.json", environment(device))
+            (path / "pictures").mkdir(exist_ok=True)
+            self._metrics = _open_metrics(path / "metrics.jsonl", step)
         except OSError as error:
             raise UserError(f"The run folder {path} cannot be written: {error.strerror}.") from error
-        (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        self._write_json("environment.json", environment(device))
         self._board = None
-        if tensorboard:
+        if config.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
 
-            self._board = SummaryWriter(str(path / "tensorboard"))
+            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl, and the values to TensorBoard.
@@ -98,6 +102,16 @@ class RunFolder:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _open_metrics(path: Path, step: int) -> TextIO:
+    """Returns metrics.jsonl, open for appending, without its lines of later steps than ``step``."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step and step]
+    partial = path.with_name(f".{path.name}")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+    return path.open("a", buffering=1)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae import objectives
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.m3ae import M3AE
+from fastm3ae.training.distributed import Processes
 from fastm3ae.visualize import Reconstruction, reconstruct, reconstruction_grid
 
 __all__ = ["draw_reconstructions", "validate"]
@@ -20,18 +21,23 @@ __all__ = ["draw_reconstructions", "validate"]
 
 @torch.no_grad()
 def validate(
-    model: M3AE, batches: Iterable[PretrainBatch], autocast: Callable[[], AbstractContextManager]
+    model: M3AE,
+    batches: Iterable[PretrainBatch],
+    autocast: Callable[[], AbstractContextManager],
+    processes: Processes,
 ) -> dict[str, float]:
-    """Returns the mean of each loss and metric over all batches, and two controls.
+    """Returns the mean of each loss and metric over all batches of all processes, two controls, and a score.
 
     ``mlm_accuracy_shuffled_image``: the accuracy at the same masked tokens when each text sees another pair's image;
     what the right image adds is the difference. ``mim_loss_patch_mean``: the loss of predicting each hidden patch as
-    its own mean.
+    its own mean. ``score``: the sum of the accuracies less the loss of masked image modelling, by which the original
+    chooses its best checkpoint (``epoch_wrapup`` in modules/m3ae_utils.py).
 
     Args:
         model: The model; its mode (training or evaluation) is left as it was.
-        batches: Batches on the model's device, images normalised.
+        batches: Batches of this process, on the model's device, images normalised.
         autocast: Gives the context in which the model computes.
+        processes: Those that share the work.
     """
     was_training = model.training
     model.eval()
@@ -65,7 +71,13 @@ def validate(
             count = objectives.num_averaged("mim", batch, model.config)
             add("mim_loss_patch_mean", control.mean * count, count)
     model.train(was_training)
-    return {name: sums[name] / max(1, counts[name]) for name in sums}
+    shares = processes.gather({name: (sums[name], counts[name]) for name in sums})
+    metrics = {}
+    for name in {name: None for share in shares for name in share}:  # a process without a batch has none
+        total, count = map(sum, zip(*(share[name] for share in shares if name in share), strict=True))
+        metrics[name] = total / max(1, count)
+    metrics["score"] = sum(metrics.get(f"{name}_accuracy", 0.0) for name in ("mlm", "itm")) - metrics.get("mim_loss", 0)
+    return metrics
 
 
 def _patch_means(like_BNP: Tensor, batch: PretrainBatch, model: M3AE) -> Tensor:

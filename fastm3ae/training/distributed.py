@@ -1,0 +1,158 @@
+"""The processes that train together: how this one joins them, and what they tell each other.
+
+torchrun starts a process per device and says through the environment which one each is. Gradients travel by NCCL
+between GPUs and by gloo between CPUs; what the host must know (how many tokens the others mask, whether one was told to
+stop) always travels by gloo, so that no GPU is waited for.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastm3ae.errors import UserError
+
+__all__ = ["Processes"]
+
+Value = TypeVar("Value")
+
+TIMEOUT = datetime.timedelta(minutes=60)  # the first process may validate or write for long while others wait
+
+
+class Processes:
+    """This process and those that it trains with.
+
+    Attributes:
+        rank: Number of this process, from 0; the first one writes the run folder.
+        number: How many there are.
+        number_here: How many of them are on this machine.
+        device: Where this process computes.
+
+    Args:
+        device: ``TrainConfig.device``: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: The device is unknown or not here, or the other processes cannot be met.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.rank, self.number = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.number_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.number))
+        self.device = _pick_device(device, int(os.environ.get("LOCAL_RANK", self.rank)), self.number_here)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._host: dist.ProcessGroup | None = None
+        if self.number > 1:
+            _meet(self.device)
+            self._host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leaves the other processes."""
+        if self._host is not None:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Returns the model such that a backward pass leaves the mean of all processes' gradients everywhere."""
+        if self._host is None:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,  # there are none that change
+            find_unused_parameters=True,  # each objective leaves some alone, and they must stay without a gradient
+            gradient_as_bucket_view=True,
+        )
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Returns the sum of every value over all processes, in float64; exact for counts."""
+        if self._host is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        _talk(dist.all_reduce, total, group=self._host)
+        return total.tolist()
+
+    def least(self, value: int) -> int:
+        """Returns the least value of all processes."""
+        if self._host is None:
+            return value
+        least = torch.tensor(value)
+        _talk(dist.all_reduce, least, op=dist.ReduceOp.MIN, group=self._host)
+        return int(least)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Returns the values of all processes, in order; they may be anything that can be pickled."""
+        if self._host is None:
+            return [value]
+        values: list[Any] = [None] * self.number
+        _talk(dist.all_gather_object, values, value, group=self._host)
+        return values
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """Returns what ``make`` gives in the first process, everywhere; its UserError is raised everywhere, too."""
+        if self._host is None:
+            return make()
+        answer: list[Any] = [None]
+        if self.is_first:
+            try:
+                answer[0] = make()
+            except UserError as error:
+                answer[0] = error
+        _talk(dist.broadcast_object_list, answer, src=0, group=self._host)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return answer[0]
+
+
+def _pick_device(name: str, local_rank: int, number_here: int) -> torch.device:
+    """Returns this process's device of those on its machine: one GPU each, or the CPU for all."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
+    if device.type != "cuda":
+        return device
+    num_gpus = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        raise UserError(f"train.device is {name!r}, but torch {torch.__version__} sees no GPU here.")
+    if number_here > num_gpus:
+        raise UserError(f"{number_here} processes were started here, one for each GPU, but torch sees {num_gpus}.")
+    return device if device.index is not None and number_here == 1 else torch.device("cuda", local_rank)
+
+
+def _meet(device: torch.device) -> None:
+    """Joins the default process group, which carries the gradients."""
+    place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+    except ValueError as error:  # a variable is missing
+        raise UserError(
+            f"WORLD_SIZE asks for several processes, but how they meet is not said: {error}; start them with torchrun."
+        ) from error
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"The processes cannot meet at {place}: the port is in use; set MASTER_PORT to a free one."
+            ) from error
+        raise UserError(f"The processes cannot meet at {place}: {str(error).splitlines()[0]}") from error
+
+
+def _talk(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    try:
+        collective(*arguments, **options)
+    except RuntimeError as error:
+        raise UserError(f"Another process is gone; its own message says why ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,98 @@
+"""How many pairs a device holds at once: try, and halve until it fits."""
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from fastm3ae import objectives
+from fastm3ae.config import PretrainConfig
+from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.errors import UserError
+from fastm3ae.model.m3ae import M3AE
+
+__all__ = ["fit_micro_batch", "largest_that_fits"]
+
+CPU_MICRO_BATCH = 32
+ADAM_STATES = 2  # running means of the gradients and of their squares, each as large as the parameters
+
+
+def fit_micro_batch(
+    model: M3AE, config: PretrainConfig, most: int, autocast: Callable[[], AbstractContextManager]
+) -> int:
+    """Returns how many pairs the model's device can train on at once, at most ``most``.
+
+    On a GPU, two passes over texts of the greatest length are tried beside memory for the optimiser's state. A CPU
+    gives no error that could be caught when its memory ends, so that there 32 are taken.
+
+    Args:
+        model: The model, on its device. Its gradients are removed; random states are left as they were.
+        config: The run, resolved.
+        most: Pairs of this process in a step.
+        autocast: Gives the context in which the model computes.
+
+    Raises:
+        UserError: Not even one pair fits.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return min(most, CPU_MICRO_BATCH)
+    num_values = sum(parameter.numel() for parameter in model.parameters())
+
+    def attempt(num_pairs: int) -> None:
+        reserved = torch.empty(ADAM_STATES * num_values, dtype=torch.float32, device=device)
+        batch = longest_batch(config, num_pairs).to(device)
+        for _ in range(2):  # the second beside the gradients of the first
+            with autocast():
+                results = objectives.losses(model(batch), batch, model.config)
+            objectives.total(results).backward()
+        del reserved
+
+    try:
+        with torch.random.fork_rng(devices=[device]):
+            return largest_that_fits(most, attempt)
+    finally:
+        model.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
+    """Returns the first of most, most / 2, most / 4, ..., 1 (rounded up) at which ``attempt`` finds enough memory.
+
+    Raises:
+        UserError: Not even 1 fits.
+    """
+    size = most
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError(f"Not even one pair fits into the device's memory: {error}") from error
+        gc.collect()  # the failed attempt's tensors, which its traceback held
+        torch.cuda.empty_cache()
+        size = -(-size // 2)
+
+
+def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
+    """Returns a batch that needs as much memory as any: full texts, all images false, as many masked tokens as may be."""
+    vision, num_tokens = config.model.vision, config.data.max_text_tokens
+    images = torch.zeros(num_pairs, 3, vision.image_size_px, vision.image_size_px)
+    ids = torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1)
+    num_patches = (vision.image_size_px // vision.patch_size_px) ** 2 if "mim" in config.model.objectives else 0
+    is_masked_T = torch.arange(num_tokens) < max(1, round(num_tokens * config.masking.token_frac))
+    return PretrainBatch(
+        image_BCHW=images,
+        text_ids_BT=ids,
+        is_padding_BT=torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
+        texts=[""] * num_pairs,
+        item_ids=[""] * num_pairs,
+        bad_samples=[],
+        mlm_ids_BT=ids,
+        mlm_labels_BT=ids.masked_fill(~is_masked_T, -100),
+        itm_labels_B=torch.zeros(num_pairs, dtype=torch.int64),
+        false_image_FCHW=images,
+        patch_noise_BN=torch.rand(num_pairs, num_patches),
+    )

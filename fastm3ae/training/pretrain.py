@@ -1,0 +1,162 @@
+"""A pre-training run from its configuration: checks, model, data, checkpoint, then the loop."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig, TrainConfig
+from fastm3ae.data.loader import Loader, Place, pretrain_loader
+from fastm3ae.data.text import load_tokenizer
+from fastm3ae.errors import UserError
+from fastm3ae.model.m3ae import M3AE
+from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
+from fastm3ae.training.checkpoint import load_training_state
+from fastm3ae.training.distributed import Processes
+from fastm3ae.training.loop import Trainer, autocast_context
+from fastm3ae.training.memory import fit_micro_batch
+from fastm3ae.training.resume import check_same_run, find_checkpoint
+from fastm3ae.training.run_folder import RunFolder
+
+__all__ = ["pretrain"]
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
+    """Runs a pre-training, together with the other processes that torchrun may have started.
+
+    Args:
+        config: The run; all processes take that of the first.
+
+    Returns:
+        What was written to summary.json; None in all processes but the first.
+
+    Raises:
+        UserError: Something that the configuration names is missing or does not fit.
+        Interrupted: A signal ended the run; what it had is saved.
+    """
+    processes = Processes(config.train.device)
+    config = processes.from_first(lambda: config)
+    if config.data.draw_demo:
+        processes.from_first(lambda: _draw_demo(config.data.root))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = resolve(config, tokenizer)
+    torch.manual_seed(config.seed)
+    model = M3AE(config.model)
+    checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
+    state = None
+    if checkpoint is None:
+        notes += _start_weights(model, config)
+    else:
+        init_model(model, checkpoint)
+        state = load_training_state(checkpoint)
+    model.to(processes.device)
+    if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()[:8], "big"))
+
+    config = dataclasses.replace(config, train=_with_micro_batch(config, model, processes, state))
+    train_loader, val_loader = (_loader(config, tokenizer, split, processes) for split in ("train", "val"))
+    notes += [*train_loader.dataset.notes, *val_loader.dataset.notes]
+    fingerprints = processes.from_first(lambda: _fingerprints(train_loader, val_loader, tokenizer))
+    if state is not None:
+        notes += check_same_run(state, config, fingerprints, processes.number)
+    run_folder = None
+
+    def open_run_folder() -> None:
+        nonlocal run_folder
+        data = {"files": [_describe(file) for loader in (train_loader, val_loader) for file in loader.dataset.table.paths]}
+        step = state["step"] if state else 0
+        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, step)
+
+    processes.from_first(open_run_folder)
+    if processes.is_first:
+        for note in notes:
+            tqdm.write(note)
+    trainer = Trainer(config, tokenizer, model, train_loader, val_loader, run_folder, processes, fingerprints)
+    if state is not None:
+        trainer.restore(state)
+    try:
+        summary = trainer.run()
+    finally:
+        if run_folder is not None:
+            run_folder.close()
+    processes.close()
+    return summary if processes.is_first else None
+
+
+def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainConfig:
+    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
+
+    Raises:
+        UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
+    """
+    others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
+    if others:
+        raise UserError(
+            f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
+            f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
+        )
+    text = resolve_text(config.model.text, tokenizer)
+    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
+    if config.data.max_text_tokens > longest:
+        raise UserError(
+            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
+            f"tokens (model.text.max_positions {text.max_positions})."
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def _draw_demo(root: str) -> None:
+    from fastm3ae.data.demo import ensure_demo_corpus
+
+    corpus = ensure_demo_corpus(Path(root))
+    tqdm.write(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
+
+
+def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
+    """Loads what the run starts from, and returns notes on what that does not cover."""
+    load_tower_weights(model)
+    if config.init_from is None:
+        return []
+    report = init_model(model, Path(config.init_from))
+    return [
+        f"{config.init_from}: {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        for what, names in report._asdict().items()
+        if names
+    ]
+
+
+def _with_micro_batch(
+    config: PretrainConfig, model: M3AE, processes: Processes, state: dict[str, Any] | None
+) -> TrainConfig:
+    """Returns ``config.train`` with a number as ``micro_batch``: a resumed run's own, where that is possible."""
+    train = config.train
+    if train.micro_batch != "auto":
+        return train
+    if state is not None and state["num_processes"] == processes.number:
+        return dataclasses.replace(train, micro_batch=state["micro_batch"])
+    most = -(-train.batch_size // processes.number)
+    fits = fit_micro_batch(model, config, most, autocast_context(train, processes.device))
+    return dataclasses.replace(train, micro_batch=processes.least(fits))
+
+
+def _loader(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"], processes: Processes) -> Loader:
+    place = Place(micro_batch=config.train.micro_batch, rank=processes.rank, num_ranks=processes.number)
+    cores = max(1, (os.cpu_count() or 1) // processes.number_here)
+    return pretrain_loader(config, tokenizer, split, place=place, num_workers=min(config.train.num_workers, cores))
+
+
+def _fingerprints(train_loader: Loader, val_loader: Loader, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    return {
+        "training data": train_loader.dataset.fingerprint(),
+        "validation data": val_loader.dataset.fingerprint(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"path": str(file), "bytes": file.stat().st_size}
