@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastm3ae.config import FusionConfig, M3AEConfig, MIMConfig, TextConfig, VisionConfig
+from fastm3ae.config import M3AEConfig
+from fastm3ae.configfile import from_dict
 from fastm3ae.errors import UserError
 from fastm3ae.model.heads import sincos_positions
+from fastm3ae.official.translate import heads_and_fusion
 
 __all__ = [
     "OfficialCheckpoint",
@@ -79,7 +81,6 @@ _UNUSED = re.compile(
     r"|mim_head\.decoder_pos_embed"
     r"|vision_encoder\.layers\.\d+\.blocks\.\d+\.(attn_mask|attn\.relative_position_index)"
 )
-_OBJECTIVES = {"mlm": "mlm", "mim": "mim", "itm": "itm", "vqa": "vqa", "cls": "classification", "irtr": "retrieval"}
 # Classes of these packages stand in official checkpoints beside the weights (callbacks, the configuration). They are
 # read as inert objects; any other class in a file is refused.
 _INERT_PACKAGES = ("pytorch_lightning.", "lightning.", "sacred.", "omegaconf.", "torchmetrics.", "m3ae.", "argparse.",
@@ -205,61 +206,44 @@ def config_from_official(
     max_positions = len(state[f"{embeddings}.position_embeddings.weight"])
     num_token_types = len(state[f"{embeddings}.token_type_embeddings.weight"])
     kind = text.get("model_type", "roberta" if num_token_types == 1 else "bert")
-    objectives = tuple(_OBJECTIVES[name] for name, weight in config["loss_names"].items() if weight > 0)
-    return M3AEConfig(
-        vision=_vision_from_official(config["image_size"], state),
-        text=TextConfig(
-            kind=kind,
-            vocab_size=vocab_size,
-            pad_token_id=text.get("pad_token_id", 1 if kind == "roberta" else 0),
-            width=text_width,
-            num_layers=_count(r"language_encoder\.encoder\.layer\.(\d+)\.", state),
-            num_heads=text.get("num_attention_heads", max(1, text_width // 64)),
-            mlp_width=len(state["language_encoder.encoder.layer.0.intermediate.dense.weight"]),
-            max_positions=max_positions,
-            num_token_types=num_token_types,
-            layer_norm_eps=text.get("layer_norm_eps", 1e-5 if kind == "roberta" else 1e-12),
-            dropout_frac=text.get("hidden_dropout_prob", 0.1),
-        ),
-        fusion=FusionConfig(
-            width=config["hidden_size"],
-            num_layers=config["num_top_layer"],
-            num_heads=config["num_heads"],
-            mlp_ratio=config["mlp_ratio"],
-            dropout_frac=config["drop_rate"],
-        ),
-        mim=MIMConfig(
-            patch_frac=config["mim_prob"],
-            layer=config["mim_layer"],
-            decoder_width=config["mim_decoder_hidden_size"],
-            decoder_num_layers=config["mim_decoder_num_layers"],
-            decoder_num_heads=config["mim_decoder_num_heads"],
-            normalize_target=config["norm_pix_loss"],
-        ),
-        objectives=objectives,
-        num_answers=config["vqa_label_size"] if "vqa" in objectives else 0,
-        num_classes=config["melinda_label_size"][config["label_column_name"]] if "classification" in objectives else 0,
-    )
+    tower = {
+        "kind": kind,
+        "vocab_size": vocab_size,
+        "pad_token_id": text.get("pad_token_id", 1 if kind == "roberta" else 0),
+        "width": text_width,
+        "num_layers": _count(r"language_encoder\.encoder\.layer\.(\d+)\.", state),
+        "num_heads": text.get("num_attention_heads", max(1, text_width // 64)),
+        "mlp_width": len(state["language_encoder.encoder.layer.0.intermediate.dense.weight"]),
+        "max_positions": max_positions,
+        "num_token_types": num_token_types,
+        "layer_norm_eps": text.get("layer_norm_eps", 1e-5 if kind == "roberta" else 1e-12),
+        "dropout_frac": text.get("hidden_dropout_prob", 0.1),
+    }
+    vision = _vision_from_official(config["image_size"], state)
+    return from_dict(M3AEConfig(), {"vision": vision, "text": tower, **heads_and_fusion(config)}, "model.")
 
 
-def _vision_from_official(image_size_px: int, state: Mapping[str, Tensor]) -> VisionConfig:
+def _vision_from_official(image_size_px: int, state: Mapping[str, Tensor]) -> dict[str, Any]:
     if "vision_encoder.visual.conv1.weight" in state:
         patches = state["vision_encoder.visual.conv1.weight"]
         num_blocks = _count(r"vision_encoder\.visual\.transformer\.resblocks\.(\d+)\.", state)
-        return VisionConfig(
-            image_size_px=image_size_px, patch_size_px=patches.shape[-1], width=len(patches), num_blocks=num_blocks
-        )
+        return {
+            "image_size_px": image_size_px,
+            "patch_size_px": patches.shape[-1],
+            "width": len(patches),
+            "num_blocks": num_blocks,
+        }
     patches = state["vision_encoder.patch_embed.proj.weight"]
     stages = range(_count(r"vision_encoder\.layers\.(\d+)\.", state))
     table = "vision_encoder.layers.{}.blocks.0.attn.relative_position_bias_table"
-    return VisionConfig(
-        kind="swin",
-        image_size_px=image_size_px,
-        patch_size_px=patches.shape[-1],
-        width=len(patches),
-        swin_num_blocks=tuple(_count(rf"vision_encoder\.layers\.{i}\.blocks\.(\d+)\.", state) for i in stages),
-        swin_num_heads=tuple(state[table.format(i)].shape[1] for i in stages),
-    )
+    return {
+        "kind": "swin",
+        "image_size_px": image_size_px,
+        "patch_size_px": patches.shape[-1],
+        "width": len(patches),
+        "swin_num_blocks": [_count(rf"vision_encoder\.layers\.{i}\.blocks\.(\d+)\.", state) for i in stages],
+        "swin_num_heads": [state[table.format(i)].shape[1] for i in stages],
+    }
 
 
 def _count(pattern: str, state: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,1 @@
+"""The original's command line, ``python main.py with ...``, understood and translated."""
