@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.errors import Interrupted, UserError, nearest
 
 __all__ = ["main"]
 
@@ -53,13 +53,8 @@ def pretrain(arguments: Sequence[str]) -> None:
         ),
     )
 
-    from fastm3ae.training.loop import pretrain as run
+    from fastm3ae.training.pretrain import pretrain as run
 
-    if config.data.draw_demo:
-        from fastm3ae.data.demo import ensure_demo_corpus
-
-        corpus = ensure_demo_corpus(Path(config.data.root))
-        print(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
     summary = run(config)
     for name, value in summary.items():
         print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
@@ -154,7 +149,7 @@ def _choose(program: str, arguments: Sequence[str], choices: dict[str, str | Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns the exit status: 0, 2 after a user's mistake, 130 after an interrupt.
+    """Runs the command and returns the exit status: 0, 2 after a user's mistake, 128 + N after signal N.
 
     Args:
         arguments: The command line without the program's name; None: that of this process.
@@ -166,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signal_number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
