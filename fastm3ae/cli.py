@@ -4,12 +4,18 @@ Each command imports what it needs when it runs, so that help and mistakes in th
 """
 
 import argparse
+import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastm3ae.errors import Interrupted, UserError, nearest
+
+if TYPE_CHECKING:
+    from fastm3ae.config import PretrainConfig
 
 __all__ = ["main"]
 
@@ -20,14 +26,20 @@ def pretrain(arguments: Sequence[str]) -> None:
     import yaml
 
     from fastm3ae.config import PretrainConfig
-    from fastm3ae.configfile import from_dict
+    from fastm3ae.configfile import from_dict, to_dict
     from fastm3ae.presets import PRESETS, preset
 
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    sources.add_argument("--preset", default="m3ae")
-    sources.add_argument("--config", type=Path)
-    chosen, overrides = sources.parse_known_args(arguments)
-    base = preset(chosen.preset)
+    parser = argparse.ArgumentParser(prog="fastm3ae pretrain", add_help=False, allow_abbrev=False)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="m3ae")
+    start.add_argument("--from-official")
+    parser.add_argument("--config", type=Path)
+    chosen, overrides = parser.parse_known_args(arguments)
+    if chosen.from_official is None:
+        base, source = preset(chosen.preset), f"--preset {chosen.preset}"
+    else:
+        base, header = _translate(chosen.from_official)
+        source = "--from-official ..."
     if chosen.config is not None:
         try:
             values = yaml.safe_load(chosen.config.read_text())
@@ -45,17 +57,102 @@ def pretrain(arguments: Sequence[str]) -> None:
         PretrainConfig,
         default=base,
         args=overrides,
-        prog=f"fastm3ae pretrain --preset {chosen.preset}",
+        prog=f"fastm3ae pretrain {source}",
         description=(
-            f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}; "
-            f"{chosen.preset} now), then a YAML file with any of the keys below (--config FILE), then these options. "
-            "The defaults shown are those of the chosen preset and file."
+            f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}), then a YAML file "
+            "with any of the keys below (--config FILE), then these options. The defaults shown are those of "
+            f"{source} and that file. --from-official 'python main.py with ...' takes the place of the preset and "
+            "prints the configuration, ready for --config, instead of running it."
         ),
     )
+    if chosen.from_official is not None:
+        print(header + yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return
+    _run(config)
 
-    from fastm3ae.training.pretrain import pretrain as run
 
-    summary = run(config)
+def _translate(command_line: str) -> tuple["PretrainConfig", str]:
+    """Returns our configuration of an official command line, and comments to head it in YAML."""
+    from fastm3ae.official.arguments import arguments_of, parse_official
+    from fastm3ae.official.translate import to_pretrain_config
+
+    arguments = arguments_of(command_line)
+    run = parse_official(arguments)
+    config, notes = to_pretrain_config(run)
+    command = f"{_torchrun(run.num_gpus, run.config['num_nodes'])} pretrain --config THIS_FILE"
+    lines = [f"python main.py with {shlex.join(arguments)}", f"to run it: {command}", *notes]
+    return config, "".join(f"# {line}\n" for line in lines)
+
+
+def official(arguments: Sequence[str]) -> int:
+    """Run a command line of the original M3AE as it stands: with KEY=VALUE ... NAMED_CONFIGURATION ..."""
+    from fastm3ae.official.arguments import DEFAULTS, NAMED_CONFIGS, parse_official
+    from fastm3ae.official.translate import to_pretrain_config
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(OFFICIAL_HELP.format(named=_listed(NAMED_CONFIGS), keys=_listed(DEFAULTS)))
+        return 0
+    run = parse_official(arguments)
+    # Fine-tuning and testing will branch off here, by run.config["loss_names"] and run.config["test_only"].
+    config, notes = to_pretrain_config(run)
+
+    from fastm3ae.training.launch import is_one_of_several, launch, processes_for
+
+    if not is_one_of_several():
+        if run.config["num_nodes"] > 1:
+            command = f"{_torchrun(run.num_gpus, run.config['num_nodes'])} with {shlex.join(arguments)}"
+            raise UserError(f"num_nodes is {run.config['num_nodes']}: start this on each machine by {command}")
+        num_processes, missing = processes_for(run.num_gpus, config.train.device)
+        if missing:
+            _warn(f"{missing}; a step still takes {config.train.batch_size} pairs.")
+        if num_processes > 1:
+            # All processes write into one folder: the one that was free before the first of them had started.
+            again = ["with", *arguments, f"output={config.output!r}"]
+            return launch([sys.executable, "-m", "fastm3ae", *again], num_processes)
+    for note in notes:
+        _warn(note)
+    _run(config)
+    return 0
+
+
+OFFICIAL_HELP = """usage: fastm3ae with KEY=VALUE ... NAMED_CONFIGURATION ...
+
+Runs what `python main.py with ...` of the original M3AE runs. KEY=VALUE beats every named configuration wherever it
+stands, and a later named configuration beats an earlier one. VALUE is a Python literal or else a text; quote lists:
+'datasets=["roco"]'; a dotted key reaches into a dictionary: loss_names.mim=0. With num_gpus=N this starts N processes,
+one per GPU. Only pre-training runs in this version. Results go to LOG_DIR/EXP_NAME-seedS-from_LOAD_PATH/version_N.
+
+named configurations:
+{named}
+
+keys:
+{keys}
+
+Keys of our own configuration may stand beside them and are applied last; `fastm3ae pretrain --help` lists them:
+model.text.weights=random model.vision.weights=random train.num_steps=20 output=runs/x resume=auto
+
+`fastm3ae pretrain --from-official "python main.py with ..."` prints the same run as a file for --config."""
+
+
+def _torchrun(num_gpus: int, num_nodes: int) -> str:
+    """Returns the words that start this program with one process per GPU, to be followed by its arguments."""
+    if num_nodes > 1:
+        meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500"
+        return f"torchrun --nnodes {num_nodes} --nproc-per-node {num_gpus} {meeting} -m fastm3ae"
+    return f"torchrun --nproc-per-node {num_gpus} -m fastm3ae" if num_gpus > 1 else "python -m fastm3ae"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return textwrap.fill(" ".join(names), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _run(config: "PretrainConfig") -> None:
+    """Pre-trains, and prints the summary in the process that has one."""
+    from fastm3ae.training.pretrain import pretrain
+
+    summary = pretrain(config)
+    if summary is None:
+        return
     for name, value in summary.items():
         print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
     print(f"{'run folder':<28} {config.output}")
@@ -125,8 +222,9 @@ def convert(arguments: Sequence[str]) -> None:
     print(f"wrote {chosen.target}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "pretrain": pretrain,
+    "with": official,
     "prepare": prepare,
     "inspect": inspect,
     "convert": convert,
@@ -157,17 +255,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         name = _choose("fastm3ae", arguments, {name: command.__doc__ for name, command in COMMANDS.items()})
-        COMMANDS[name](arguments[1:])
+        return COMMANDS[name](arguments[1:]) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         return 128 + error.signal_number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
-    return 0
+
+
+def _warn(message: str) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
+    """Prints a sentence on stderr, once: of several processes, the first speaks for all until they have met."""
+    distributed = sys.modules.get("torch.distributed")  # what was not imported was not initialised either
+    rank = os.environ.get("RANK", "0")
+    if distributed is not None and distributed.is_initialized():
+        print(f"rank {rank}: {message}", file=sys.stderr)
+    elif rank == "0":
+        print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":
