@@ -11,56 +11,17 @@ import torch
 import yaml
 from corpus import caption_rows
 from PIL import Image
+from runs import NO_DROPOUT, losses, run, write_corpus
 from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 
-TOKENIZER = Path(__file__).parent / "data" / "golden" / "data" / "tok" / "bert-base-uncased"
-MODEL = {
-    "vision": {"image_size_px": 32, "patch_size_px": 16, "width": 64, "num_blocks": 1},
-    "text": {"kind": "bert", "width": 16, "num_layers": 1, "num_heads": 2, "mlp_width": 32, "max_positions": 32,
-             "num_token_types": 2},
-    "fusion": {"width": 32, "num_layers": 2, "num_heads": 2},
-    "mim": {"layer": 1, "decoder_width": 32, "decoder_num_layers": 1, "decoder_num_heads": 2},
-}  # fmt: skip
-TRAIN = {"num_steps": 6, "batch_size": 8, "num_workers": 0, "log_every_steps": 1, "validate_every_steps": 3,
-         "save_every_steps": 2, "keep_checkpoints": 2, "num_pictures": 2, "tensorboard": False}  # fmt: skip
-
 
 @pytest.fixture
 def corpus(tmp_path):
-    for split, num in (("train", 12), ("val", 7)):
-        write_pairs(tmp_path / f"made_{split}.arrow", caption_rows(num, 10 if split == "val" else 100))
+    write_corpus(tmp_path)
     return tmp_path
-
-
-def write_config(folder, **changes):
-    """A YAML file for a tiny run; keyword sections are merged into it."""
-    config = {
-        "model": MODEL,
-        "data": {"root": str(folder), "datasets": ["made"], "tokenizer": str(TOKENIZER), "max_text_tokens": 24},
-        "optim": {"learning_rate": 1e-3},
-        "train": TRAIN,
-    }
-    for section, values in changes.items():
-        config[section] = {**config[section], **values} if isinstance(values, dict) else values
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def run(folder, *arguments, output="run", **changes):
-    """Runs the command on the tiny configuration; returns its exit status."""
-    config = write_config(folder, **changes)
-    overrides = ["--model.vision.weights", "random", "--model.text.weights", "random"]
-    return main(["pretrain", "--config", str(config), "--output", str(folder / output), *overrides, *arguments])
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["split"], line.get("loss"), line["mlm_loss"], line["mim_loss"], line["itm_loss"])
-            for line in lines]  # fmt: skip
 
 
 def test_a_run_leaves_everything_behind(corpus):
@@ -82,7 +43,7 @@ def test_a_run_leaves_everything_behind(corpus):
         (6, "train"),
         (6, "val"),
     ]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "step_000004", "step_000006"]
     for step in (3, 6):
         assert Image.open(folder / "pictures" / f"reconstructions_{step:06d}.png").size[0] > 400
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -102,40 +63,13 @@ def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(corpus):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_accumulation_equals_the_joined_batch():
-    """Two micro-batches with different numbers of masked tokens give the gradient of the batch of both."""
-    import dataclasses
-    from types import SimpleNamespace
-
-    from models import small_batch, small_model
-
-    from fastm3ae.config import PretrainConfig
-    from fastm3ae.training.loop import Trainer
-
-    parts = [small_batch(small_model(), "mlm", num=4, seed=seed) for seed in (0, 1)]
-    parts[1].mlm_labels_BT[:, 3] = 5
-    parts[1] = dataclasses.replace(parts[1], masked_index_M=None)
-    values = {}
-    for field in dataclasses.fields(parts[0]):
-        left, right = (getattr(part, field.name) for part in parts)
-        values[field.name] = torch.cat([left, right]) if isinstance(left, torch.Tensor) else left + right
-    joined = dataclasses.replace(parts[0], **{**values, "masked_index_M": None, "false_index_F": None})
-    ends = []
-    for batches in (parts, [joined]):
-        model = small_model()
-        trainer = SimpleNamespace(
-            model=model,
-            config=PretrainConfig(),
-            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            autocast=torch.no_grad.__class__ and __import__("contextlib").nullcontext,
-        )
-        trainer.schedule = SimpleNamespace(step=lambda: None)
-        sums = Trainer.optimizer_step(trainer, batches)
-        ends.append((model.state_dict(), {name: float(total) / count for name, (total, count) in sums.items()}))
-    for name, tensor in ends[0][0].items():
-        assert torch.allclose(tensor, ends[1][0][name], atol=1e-9), name
-    assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-9)
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_passes_add_up_to_the_whole_batch(corpus, micro_batch):
+    """Pieces of a batch have different numbers of masked tokens; losses and weights are those of the whole batch."""
+    assert run(corpus, "--train.micro-batch", "auto", output="whole", model=NO_DROPOUT) == 0
+    assert run(corpus, "--train.micro-batch", str(micro_batch), output="pieces", model=NO_DROPOUT) == 0
+    for got, want in zip(losses(corpus / "pieces"), losses(corpus / "whole"), strict=True):
+        assert got[:2] == want[:2] and got[3:] == pytest.approx(want[3:], rel=1e-5)
 
 
 def test_starting_from_a_checkpoint(corpus, capsys):
@@ -175,14 +109,16 @@ def test_accuracy_under_a_shuffled_image_uses_the_text_as_it_was(corpus):
     """A model that ignores images (its fusion reads none) scores the same with any image."""
     from models import small_batch, small_model
 
-    from fastm3ae.training.loop import nullcontext
+    from contextlib import nullcontext
+
+    from fastm3ae.training.distributed import Processes
     from fastm3ae.training.validation import validate
 
     model = small_model()
     for layer in model.fusion.text_layers:
         torch.nn.init.zeros_(layer.cross_out.weight)
     batches = [small_batch(model, "mlm", seed=seed) for seed in range(3)]
-    metrics = validate(model, batches, nullcontext)
+    metrics = validate(model, batches, nullcontext, Processes("cpu"))
     assert metrics["mlm_accuracy"] == metrics["mlm_accuracy_shuffled_image"]
     assert metrics["mim_loss_patch_mean"] == pytest.approx(767 / 768, abs=1e-3)
     assert model.training

@@ -46,7 +46,7 @@ class Place:
         return self._cut(0, num_pairs)[self.rank :: self.num_ranks]
 
     def _cut(self, start: int, stop: int) -> list[slice]:
-        num = -(-(stop - start) // self.micro_batch) if self.micro_batch else 1
+        num = -(-(stop - start) // (self.micro_batch or stop - start)) if stop > start else 0
         bounds = [start + (stop - start) * k // num for k in range(num + 1)]
         return list(map(slice, bounds, bounds[1:]))
 

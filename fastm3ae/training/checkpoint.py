@@ -102,7 +102,11 @@ class Checkpointer:
                 _link(final / WEIGHTS_FILE, self.folder / BEST / WEIGHTS_FILE)
             self._failure = None
             stale = [path for _, path in checkpoints(self.folder)[: -self.keep]]
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
             self._failure = (
                 f"The checkpoint of step {step} could not be written to {self.folder} "
                 f"({str(error).splitlines()[0]}); those before are as they were."

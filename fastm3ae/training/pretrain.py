@@ -56,7 +56,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         state = load_training_state(checkpoint)
     model.to(processes.device)
     if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()[:8], "big"))
+        torch.manual_seed(
+            int.from_bytes(hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()[:8], "big")
+        )
 
     config = dataclasses.replace(config, train=_with_micro_batch(config, model, processes, state))
     train_loader, val_loader = (_loader(config, tokenizer, split, processes) for split in ("train", "val"))
@@ -68,7 +70,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
 
     def open_run_folder() -> None:
         nonlocal run_folder
-        data = {"files": [_describe(file) for loader in (train_loader, val_loader) for file in loader.dataset.table.paths]}
+        data = {
+            "files": [_describe(file) for loader in (train_loader, val_loader) for file in loader.dataset.table.paths]
+        }
         step = state["step"] if state else 0
         run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, step)
 
@@ -144,7 +148,9 @@ def _with_micro_batch(
     return dataclasses.replace(train, micro_batch=processes.least(fits))
 
 
-def _loader(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"], processes: Processes) -> Loader:
+def _loader(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"], processes: Processes
+) -> Loader:
     place = Place(micro_batch=config.train.micro_batch, rank=processes.rank, num_ranks=processes.number)
     cores = max(1, (os.cpu_count() or 1) // processes.number_here)
     return pretrain_loader(config, tokenizer, split, place=place, num_workers=min(config.train.num_workers, cores))

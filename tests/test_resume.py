@@ -1,0 +1,319 @@
+"""A run that stops goes on as if it never had: bit for bit on the CPU."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from corpus import caption_rows
+from runs import command, losses, run, write_corpus
+from safetensors.torch import load_file
+
+from fastm3ae.data.arrow import write_pairs
+from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
+from fastm3ae.training.loop import Trainer
+
+# Checkpoints fall in the middle of epochs (3 batches) and of logged windows; two passes a step; dropout everywhere.
+TRAIN = {"num_steps": 11, "log_every_steps": 4, "validate_every_steps": 5, "save_every_steps": 3, "micro_batch": 5,
+         "keep_checkpoints": 2}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus, and an uninterrupted run on it."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_corpus(folder)
+    assert run(folder, output="whole", train=TRAIN) == 0
+    return folder
+
+
+def at_batch(monkeypatch, number, action):
+    """Does something when a batch with this number (from 1) is fetched, once."""
+    fetch, fetched = Trainer._next, [0]
+
+    def _next(self, batches):
+        fetched[0] += 1
+        if fetched[0] == number:
+            action()
+        return fetch(self, batches)
+
+    monkeypatch.setattr(Trainer, "_next", _next)
+
+
+def kill():
+    raise Killed
+
+
+def weights(folder, output):
+    return load_file(folder / output / "checkpoints" / "step_000011" / "model.safetensors")
+
+
+def assert_as_uninterrupted(folder, output):
+    assert losses(folder / output) == losses(folder / "whole")
+    got, want = weights(folder, output), weights(folder, "whole")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    got, want = (json.loads((folder / name / "summary.json").read_text()) for name in (output, "whole"))
+    for name in ("samples_per_s", "data_wait_frac", "wall_s"):
+        del got[name], want[name]
+    assert got == want
+    best = [load_file(folder / name / "checkpoints" / "best" / "model.safetensors") for name in (output, "whole")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(1, 0), (3, 0), (5, 2), (7, 0), (11, 1)])
+def test_killed_runs_go_on_bit_for_bit(folder, monkeypatch, batch, workers):
+    output = f"killed_{batch}"
+    with monkeypatch.context() as patch:
+        at_batch(patch, batch, kill)
+        with pytest.raises(Killed):
+            run(folder, "--resume", "auto", output=output, train={**TRAIN, "num_workers": workers})
+    torch.manual_seed(123)  # a new process starts with other random states
+    assert run(folder, "--resume", "auto", output=output, train=TRAIN) == 0
+    assert_as_uninterrupted(folder, output)
+
+
+@pytest.mark.parametrize(
+    ("number", "batch", "status"), [(signal.SIGINT, 2, 130), (signal.SIGTERM, 8, 143), (signal.SIGTERM, 1, 143)]
+)
+def test_signals_save_first(folder, monkeypatch, capsys, number, batch, status):
+    output = f"stopped_{batch}"
+    with monkeypatch.context() as patch:
+        at_batch(patch, batch, lambda: os.kill(os.getpid(), number))
+        assert run(folder, output=output, train=TRAIN) == status
+    assert signal.getsignal(number) is not None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    error = capsys.readouterr().err
+    saved = [step for step, _ in checkpoints(folder / output / "checkpoints")]
+    if batch == 1:
+        assert "no step was made yet" in error and saved == []
+    else:
+        assert f"step {batch - 1} is saved; --resume auto goes on from it" in error and saved[-1] == batch - 1
+    assert "Traceback" not in error and not (folder / output / "summary.json").exists()
+    assert run(folder, "--resume", "auto", output=output, train=TRAIN) == 0
+    assert_as_uninterrupted(folder, output)
+
+
+def test_a_signal_in_validation(folder, monkeypatch):
+    """The validation is left, the step saved, and validated when the run goes on."""
+    validation_pieces = []
+
+    def send(module, arguments):
+        if not module.training:
+            validation_pieces.append(1)
+            if len(validation_pieces) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, torch.nn.modules.module.register_module_forward_pre_hook(send):
+        assert run(folder, output="in_validation", train=TRAIN) == 143
+        del patch
+    assert [step for step, split, *_ in losses(folder / "in_validation") if split == "val"] == []
+    assert checkpoints(folder / "in_validation" / "checkpoints")[-1][0] == 5
+    assert run(folder, "--resume", "auto", output="in_validation", train=TRAIN) == 0
+    assert_as_uninterrupted(folder, "in_validation")
+
+
+def test_a_process_killed_three_times(folder):
+    """kill -9 at random moments, in and between checkpoints; the metrics are those of the uninterrupted run."""
+    steps = {"num_steps": 40, "save_every_steps": 2, "validate_every_steps": 10, "num_workers": 1}
+    assert run(folder, output="long", train={**TRAIN, **steps}) == 0
+    arguments = command(folder, "--resume", "auto", output="shot", train={**TRAIN, **steps})
+    start = lambda: subprocess.Popen([sys.executable, "-m", "fastm3ae", *arguments], stderr=subprocess.PIPE)  # noqa: E731
+    metrics = folder / "shot" / "metrics.jsonl"
+    rng, shots = random.Random(0), 0
+    while shots < 3:
+        process = start()
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= seen):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+        shots += 1
+    process = start()
+    _, error = process.communicate()
+    assert process.returncode == 0, error.decode()
+    assert losses(folder / "shot") == losses(folder / "long")
+
+
+def test_resuming_what_is_complete_changes_nothing(folder):
+    before = losses(folder / "whole")
+    assert run(folder, "--resume", "auto", output="whole", train=TRAIN) == 0
+    assert losses(folder / "whole") == before
+
+
+def test_resuming_a_checkpoint_by_its_path(folder, capsys):
+    (step, checkpoint), _ = checkpoints(folder / "whole" / "checkpoints")
+    assert run(folder, "--resume", str(checkpoint), output="branch", train=TRAIN) == 0  # into a new folder
+    assert losses(folder / "branch") == [line for line in losses(folder / "whole") if line[0] > step]
+    for path, message in (
+        (folder / "whole" / "checkpoints" / "step_000007", "There is no checkpoint"),
+        (checkpoint, "is of another run than that in the run folder"),
+        (folder / "whole", "checkpoint.json cannot be read"),
+    ):
+        assert run(folder, "--resume", str(path), output="branch", train=TRAIN) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_folder_that_is_none_is_left_alone(folder, capsys):
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.txt").write_text("precious")
+    assert run(folder, "--resume", "auto", output="other", train=TRAIN) == 2
+    assert "is not empty: choose another --output" in capsys.readouterr().err
+    assert [path.name for path in (folder / "other").iterdir()] == ["thesis.txt"]
+    (folder / "file").write_text("")
+    assert run(folder, output="file/run", train=TRAIN) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_a_read_only_run_folder(folder, capsys, monkeypatch):
+    from pathlib import Path
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run(folder, output="read_only", train=TRAIN) == 2
+    assert "read_only cannot be written: Permission denied" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stopped(folder, tmp_path, monkeypatch):
+    """A run of its own, killed at step 8; checkpoints at 5 (the best until then) and 6."""
+    for name in ("made_train.arrow", "made_val.arrow"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with monkeypatch.context() as patch:
+        at_batch(patch, 9, kill)
+        with pytest.raises(Killed):
+            run(tmp_path, train=TRAIN)
+    return tmp_path
+
+
+DIFFERENCES = {
+    "learning rate": (["--optim.learning-rate", "0.01"], "optim.learning_rate is 0.01, was 0.001"),
+    "batch": (["--train.batch-size", "6"], "train.batch_size is 6, was 8"),
+    "length": (["--train.num-steps", "9"], "train.num_steps is 9, was 11"),
+    "seed": (["--seed", "3"], "seed is 3, was 0"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_another_configuration_is_refused_unless_forced(stopped, capsys, name):
+    arguments, message = DIFFERENCES[name]
+    assert run(stopped, "--resume", "auto", *arguments, train=TRAIN) == 2
+    error = capsys.readouterr().err
+    assert message in error and "--force-resume" in error and "Traceback" not in error
+    assert run(stopped, "--resume", "auto", "--force-resume", *arguments, train=TRAIN) == 0
+    assert f"Forced to go on although {message}" in capsys.readouterr().out
+
+
+def test_another_model_cannot_be_forced(stopped, capsys):
+    arguments = ["--resume", "auto", "--force-resume", "--model.fusion.width", "64"]
+    assert run(stopped, *arguments, train=TRAIN) == 2
+    assert "of another architecture" in capsys.readouterr().err
+
+
+def test_other_data_are_refused_unless_forced(stopped, capsys):
+    rows = list(caption_rows(12, 100))
+    rows[3]["caption"][0] += " more"
+    write_pairs(stopped / "made_train.arrow", rows)
+    assert run(stopped, "--resume", "auto", train=TRAIN) == 2
+    assert "the training data is another" in capsys.readouterr().err
+    assert run(stopped, "--resume", "auto", "--force-resume", train=TRAIN) == 0
+
+
+def test_data_may_move(stopped, folder):
+    """Where the files lie does not matter, only what they hold."""
+    for path in stopped.glob("*.arrow"):
+        (stopped / "moved").mkdir(exist_ok=True)
+        path.rename(stopped / "moved" / path.name)
+    assert run(stopped, "--resume", "auto", "--data.root", str(stopped / "moved"), train=TRAIN) == 0
+    assert losses(stopped / "run") == losses(folder / "whole")
+
+
+def test_a_truncated_checkpoint_is_passed_over(stopped, folder, capsys):
+    newest, older = stopped / "run/checkpoints/step_000006", stopped / "run/checkpoints/step_000005"
+    state = newest / STATE_FILE
+    state.write_bytes(state.read_bytes()[:-100])
+    assert run(stopped, "--resume", str(newest), train=TRAIN) == 2
+    assert f"{STATE_FILE} has" in capsys.readouterr().err
+    assert newest_whole(stopped / "run/checkpoints")[0] == older
+    assert run(stopped, "--resume", "auto", train=TRAIN) == 0
+    output = capsys.readouterr().out
+    assert "step_000006 is damaged and passed over" in output and "going on from step_000005" in output
+    assert losses(stopped / "run") == losses(folder / "whole")
+
+
+def test_no_whole_checkpoint_is_no_reason_to_start_anew(stopped, capsys):
+    for _, path in checkpoints(stopped / "run/checkpoints"):
+        weights = bytearray((path / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (path / "model.safetensors").write_bytes(weights)
+    assert run(stopped, "--resume", "auto", train=TRAIN) == 2
+    error = capsys.readouterr().err
+    assert "No checkpoint in" in error and "model.safetensors has another content than was written" in error
+
+
+def test_damage_is_named(stopped):
+    path = stopped / "run/checkpoints/step_000006"
+    assert damage(path) is None
+    (path / "model.safetensors").unlink()
+    assert damage(path) == "model.safetensors cannot be read (No such file or directory)"
+    (path / "checkpoint.json").write_text("{}")
+    assert damage(path) == "checkpoint.json is damaged"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys):
+    """Files stop growing at some size, as on a full disk; every place of the failure leaves what was there before."""
+    from models import small_model
+
+    model = small_model()
+    for limit in (0, 2_000, 400_000):
+        path = folder / f"full_{limit}"
+        checkpointer = Checkpointer(path, keep=2)
+        checkpointer.save(1, model, {"step": 1, "values": torch.zeros(200_000)}, is_best=True)
+        checkpointer.wait()
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            checkpointer.save(2, model, {"step": 2, "values": torch.zeros(200_000)}, is_best=True)
+            checkpointer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert "warning: The checkpoint of step 2 could not be written" in capsys.readouterr().out
+        assert [step for step, _ in checkpoints(path)] == [1] and damage(path / "step_000001") is None
+        assert sorted(entry.name for entry in path.iterdir()) == ["best", "step_000001"]
+        with pytest.raises(Exception, match="The checkpoint of step 2 could not be written"):
+            checkpointer.close()
+        later = Checkpointer(path, keep=2)
+        later.save(3, model, {"step": 3}, is_best=False)
+        later.close()
+        assert [step for step, _ in checkpoints(path)] == [1, 3]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    (tmp_path / ".step_000004.partial").mkdir()
+    Checkpointer(tmp_path, keep=1).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copies_do_not_change_with_what_was_copied():
+    state = {"a": torch.ones(3), "b": [torch.zeros(2), (1, "x")]}
+    copy = copy_to_host(state)
+    state["a"].fill_(5)
+    assert torch.equal(copy["a"], torch.ones(3)) and copy["b"][1] == (1, "x")
+    again = copy_to_host(state, copy)
+    assert again["a"].data_ptr() == copy["a"].data_ptr() and torch.equal(again["a"], torch.full((3,), 5.0))
+    assert copy_to_host({"a": torch.ones(4)}, copy)["a"].shape == (4,)
