@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus import TOKENIZER, pretrain_batches
 from parity_data import check_data_goldens
 
+from fastm3ae.data.collate import BatchRequest
 from fastm3ae.masking import (
     corrupt,
     draw_corruption,
@@ -139,6 +141,22 @@ def test_every_token_that_is_not_special_is_selected_by_itself():
     # How many of a text are selected is binomial, where the whole-word rule has a budget: its variance is n f (1 - f).
     assert selected.sum(1).var() == pytest.approx(20 * token_frac * (1 - token_frac), rel=0.1)
     assert select_tokens([], token_frac, rng).shape == (0,)
+
+
+def test_batches_with_single_tokens(corpus):
+    batches, special = pretrain_batches(corpus, words="token"), torch.tensor(TOKENIZER.all_special_ids)
+    num_selected = num_selectable = num_texts_without = 0
+    for epoch in range(40):
+        batch = batches[BatchRequest(epoch, 0, list(range(33)))]
+        is_selected_BT = batch.mlm_labels_BT != -100
+        is_special_BT = torch.isin(batch.text_ids_BT, special)
+        assert not (is_selected_BT & is_special_BT).any()
+        num_selected += int(is_selected_BT.sum())
+        num_selectable += int((~is_special_BT).sum())
+        num_texts_without += int((~is_selected_BT.any(1)).sum())
+    deviation = (num_selectable * 0.15 * 0.85) ** 0.5
+    assert abs(num_selected - 0.15 * num_selectable) < 4.5 * deviation
+    assert num_texts_without > 0
 
 
 def test_corruption_by_hand():

@@ -171,9 +171,8 @@ def parse_official(arguments: Sequence[str]) -> OfficialRun:
     config = DEFAULTS
     for name in named:
         if name not in NAMED_CONFIGS:
-            raise UserError(
-                f"The original has no named configuration {name!r}.{nearest(name, [*NAMED_CONFIGS, *DEFAULTS])}"
-            )
+            known = [*NAMED_CONFIGS, *(f"{key}=..." for key in DEFAULTS)]
+            raise UserError(f"The original has no named configuration {name!r}.{nearest(name, known)}")
         config = _updated(config, NAMED_CONFIGS[name])
     return OfficialRun(config=deepcopy(_updated(config, changes)), given=tuple(changes), ours=ours)
 
