@@ -14,7 +14,7 @@ from corpus import TOKENIZER, assert_equal, caption_rows, pretrain_batches, writ
 
 from fastm3ae.config import DataConfig, M3AEConfig, PretrainConfig, TrainConfig, VisionConfig
 from fastm3ae.data.arrow import write_pairs
-from fastm3ae.data.loader import Loader, Place, pretrain_loader
+from fastm3ae.data.loader import Loader, pretrain_loader
 from fastm3ae.errors import BadSample, UserError
 
 

@@ -107,9 +107,9 @@ def test_a_corrupt_image_is_skipped_and_counted(corpus, capsys):
 
 def test_accuracy_under_a_shuffled_image_uses_the_text_as_it_was(corpus):
     """A model that ignores images (its fusion reads none) scores the same with any image."""
-    from models import small_batch, small_model
-
     from contextlib import nullcontext
+
+    from models import small_batch, small_model
 
     from fastm3ae.training.distributed import Processes
     from fastm3ae.training.validation import validate

@@ -216,8 +216,10 @@ def test_another_configuration_is_refused_unless_forced(stopped, capsys, name):
 
 
 def test_another_model_cannot_be_forced(stopped, capsys):
-    arguments = ["--resume", "auto", "--force-resume", "--model.fusion.width", "64"]
+    arguments = ["--resume", "auto", "--model.fusion.width", "64"]
     assert run(stopped, *arguments, train=TRAIN) == 2
+    assert "model.fusion.width is 64, was 32" in capsys.readouterr().err
+    assert run(stopped, *arguments, "--force-resume", train=TRAIN) == 2
     assert "of another architecture" in capsys.readouterr().err
 
 

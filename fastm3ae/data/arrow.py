@@ -111,9 +111,7 @@ class ArrowTable:
         """
         digest, names = hashlib.sha256(), sorted(columns)
         for batch in self.batches:
-            values = [
-                pc.binary_length(batch.column(name)) if name == "image" else batch.column(name) for name in names
-            ]
+            values = [pc.binary_length(batch.column(name)) if name == "image" else batch.column(name) for name in names]
             for row in zip(*(array.to_pylist() for array in values), strict=True):
                 digest.update(json.dumps(row).encode())
         return digest.hexdigest()

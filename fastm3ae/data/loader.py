@@ -46,7 +46,9 @@ class Place:
         return self._cut(0, num_pairs)[self.rank :: self.num_ranks]
 
     def _cut(self, start: int, stop: int) -> list[slice]:
-        num = -(-(stop - start) // (self.micro_batch or stop - start)) if stop > start else 0
+        if start == stop:
+            return []
+        num = -(-(stop - start) // self.micro_batch) if self.micro_batch else 1
         bounds = [start + (stop - start) * k // num for k in range(num + 1)]
         return list(map(slice, bounds, bounds[1:]))
 
@@ -54,7 +56,9 @@ class Place:
 class Loader:
     """Batches of an epoch, made by worker processes, in an order that depends only on the seed and the epoch.
 
-    A batch comes as a list of pieces: those of this process, of a size that its device can hold at once. For training every epoch is a new permutation without its incomplete last batch. For validation every epoch is the
+    A batch comes as a list of pieces: those of this process, of a size that its device can hold at once.
+
+    For training every epoch is a new permutation without its incomplete last batch. For validation every epoch is the
     same: the files' order, all pairs, the same draws.
 
     Attributes:
@@ -144,7 +148,8 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
-                f"A process that loads data died, perhaps for want of memory (fewer train.num_workers need less): {error}"
+                f"A process that loads data died, perhaps for want of memory (fewer train.num_workers need less): "
+                f"{error}"
             ) from error
 
     def state(self) -> tuple[int, int]:

@@ -106,7 +106,8 @@ class Checkpointer:
             OSError,
             RuntimeError,
             SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        ) as error:
+            # A full disk is an OSError, or what torch and safetensors make of it.
             self._failure = (
                 f"The checkpoint of step {step} could not be written to {self.folder} "
                 f"({str(error).splitlines()[0]}); those before are as they were."

@@ -111,7 +111,7 @@ class Trainer:
         return summary
 
     def _train(self, bar: tqdm) -> None:
-        train, started = self.config.train, time.perf_counter() - self.wall_s
+        started = time.perf_counter() - self.wall_s
         self.model.train()
         batches = self._batches()
         self._follow_step()
@@ -254,7 +254,7 @@ class Trainer:
         """Goes on where a checkpoint's training state was taken.
 
         Raises:
-            UserError: The state does not fit the model, which only a forced change of the configuration can bring about.
+            UserError: The state does not fit the model, as after a forced change of the configuration.
         """
         try:
             self.make_step.restore(state)

@@ -77,7 +77,7 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
 
 
 def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
-    """Returns a batch that needs as much memory as any: full texts, all images false, as many masked tokens as may be."""
+    """Returns a batch that needs as much memory as any: full texts, all images false (and drawn besides)."""
     vision, num_tokens = config.model.vision, config.data.max_text_tokens
     images = torch.zeros(num_pairs, 3, vision.image_size_px, vision.image_size_px)
     ids = torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1)

@@ -46,33 +46,27 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = resolve(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = M3AE(config.model)
+    model = M3AE(config.model).to(processes.device)
     checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
-    state = None
-    if checkpoint is None:
-        notes += _start_weights(model, config)
-    else:
-        init_model(model, checkpoint)
-        state = load_training_state(checkpoint)
-    model.to(processes.device)
-    if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
-        torch.manual_seed(
-            int.from_bytes(hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()[:8], "big")
-        )
-
+    state = None if checkpoint is None else load_training_state(checkpoint)
     config = dataclasses.replace(config, train=_with_micro_batch(config, model, processes, state))
     train_loader, val_loader = (_loader(config, tokenizer, split, processes) for split in ("train", "val"))
     notes += [*train_loader.dataset.notes, *val_loader.dataset.notes]
     fingerprints = processes.from_first(lambda: _fingerprints(train_loader, val_loader, tokenizer))
-    if state is not None:
+    if checkpoint is None:
+        notes += _start_weights(model, config)
+    else:
         notes += check_same_run(state, config, fingerprints, processes.number)
+        init_model(model, checkpoint)
+    if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
+        digest = hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big"))
     run_folder = None
 
     def open_run_folder() -> None:
         nonlocal run_folder
-        data = {
-            "files": [_describe(file) for loader in (train_loader, val_loader) for file in loader.dataset.table.paths]
-        }
+        files = [*train_loader.dataset.table.paths, *val_loader.dataset.table.paths]
+        data = {"files": [{"path": str(file), "bytes": file.stat().st_size} for file in files]}
         step = state["step"] if state else 0
         run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, step)
 
@@ -162,7 +156,3 @@ def _fingerprints(train_loader: Loader, val_loader: Loader, tokenizer: PreTraine
         "validation data": val_loader.dataset.fingerprint(),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"path": str(file), "bytes": file.stat().st_size}

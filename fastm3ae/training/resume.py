@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, and whether configuration, data and processes are those that it was made with."""
+"""Going on with a run: from which checkpoint, and whether it is still the same run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,8 @@ def find_checkpoint(config: PretrainConfig) -> tuple[Path | None, list[str]]:
         raise UserError(f"The checkpoint {path} cannot be resumed: {fault}.")
     if path.resolve().parent != (output / "checkpoints").resolve() and output.is_dir() and any(output.iterdir()):
         raise UserError(
-            f"{path} is of another run than that in the run folder {output}: give its own folder or a new one as --output."
+            f"{path} is of another run than that in the run folder {output}: give its own folder, or a new one, as "
+            "--output."
         )
     return path, [f"Going on from {path}."]
 
@@ -66,13 +67,13 @@ def check_same_run(
     faults += [f"the {what} is another" for what, now in fingerprints.items() if state["fingerprints"].get(what) != now]
     if faults and not config.force_resume:
         raise UserError(
-            f"The run cannot go on as it was: {'; '.join(faults)}. Restore it, or give --force-resume to go on with what "
-            "is now."
+            f"The run cannot go on as it was: {'; '.join(faults)}. Restore it, or give --force-resume to go on with "
+            "what is now."
         )
     notes = [f"Forced to go on although {fault}." for fault in faults]
     if state["num_processes"] != num_processes:
         notes.append(
-            f"{num_processes} processes go on with what {state['num_processes']} began: the same batches and masks, but "
-            "sums are rounded in another order and dropout draws anew."
+            f"{num_processes} processes go on with what {state['num_processes']} began: the same batches and masks, "
+            "but sums are rounded in another order and dropout draws anew."
         )
     return notes
