@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = _choose("fastm3ae", arguments, {name: command.__doc__ for name, command in COMMANDS.items()})
         return COMMANDS[name](arguments[1:]) or 0
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}", each=True)
         return 2
     except Interrupted as error:
         _say(str(error))
@@ -271,11 +271,14 @@ def _warn(message: str) -> None:
     _say(f"warning: {message}")
 
 
-def _say(message: str) -> None:
-    """Prints a sentence on stderr, once: of several processes, the first speaks for all until they have met."""
-    distributed = sys.modules.get("torch.distributed")  # what was not imported was not initialised either
+def _say(message: str, *, each: bool = False) -> None:
+    """Prints a sentence on stderr: the first of several processes, or ``each`` that has met the others.
+
+    What goes wrong before they have met goes wrong in all of them.
+    """
     rank = os.environ.get("RANK", "0")
-    if distributed is not None and distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")  # what was not imported was not initialised either
+    if each and distributed is not None and distributed.is_initialized():
         print(f"rank {rank}: {message}", file=sys.stderr)
     elif rank == "0":
         print(message, file=sys.stderr)

@@ -279,6 +279,7 @@ def test_what_each_key_becomes(words, tmp_path, monkeypatch):
         (f"{PRETRAIN} optim_type=sgd", "optim_type must be 'adamw', the only optimiser here, got 'sgd'"),
         (f"{PRETRAIN} decay_power=linear", "decay_power must be a number or 'cosine', got 'linear'"),
         (f"{PRETRAIN} precision=64", "precision must be one of 16, bf16 and 32, got 64"),
+        (f"{PRETRAIN} resume_from=a/last.ckpt", "is a checkpoint of the original, .* load_path=a/last.ckpt starts"),
         (f"{PRETRAIN} num_gpus=-1", "num_gpus must not be negative"),
         (f"{PRETRAIN} model.vison.width=64", "Unknown configuration key model.vison. Did you mean 'vision'"),
         (f"{PRETRAIN} train.num_steps=few", "train.num_steps must be of type int, got 'few'"),

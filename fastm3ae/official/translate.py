@@ -83,6 +83,11 @@ def to_pretrain_config(run: OfficialRun) -> tuple[PretrainConfig, list[str]]:
             f"{official['exp_name']} cannot be run by this version of fastm3ae, which only pre-trains: "
             f"{what} is still to come."
         )
+    if str(official["resume_from"]).endswith(".ckpt"):
+        raise UserError(
+            f"resume_from={official['resume_from']} is a checkpoint of the original, which a run here cannot go on "
+            f"from exactly: load_path={official['resume_from']} starts from its weights."
+        )
     values = _merged(
         {
             "resume": official["resume_from"],
@@ -114,9 +119,11 @@ def to_pretrain_config(run: OfficialRun) -> tuple[PretrainConfig, list[str]]:
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested dictionaries with the values of ``above`` laid over those of ``below``."""
-    both = {key: (below.get(key), value) for key, value in above.items()}
-    return {**below, **{key: _merged(old, new) if isinstance(old, dict) and isinstance(new, dict) else new
-                        for key, (old, new) in both.items()}}  # fmt: skip
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _vision(official: Mapping[str, Any]) -> dict[str, Any]:
