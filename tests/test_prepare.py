@@ -9,6 +9,7 @@ import pytest
 from prepared import REFERENCES, SPLITS, ids, image_bytes, left_out, rows, write
 
 from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable, write_pairs
+from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.describe import describe_arrow
 from fastm3ae.data.prepare import (
     SOURCES,
@@ -333,7 +334,12 @@ def test_description(roco, tmp_path):
         and described.heights_px == [6, 6, 6]
     )
     text = described.render()
-    assert "3 images" in text and "caption: list<item: string>" in text and described.fingerprint in text
+    assert (
+        "3 images" in text
+        and "caption: list<item: string>" in text
+        and described.fingerprint in text
+        and described.content in text
+    )
     assert "6 texts" in text and "3 x JPEG, mode L" in text
 
 
@@ -345,10 +351,28 @@ def test_fingerprint_is_of_the_content(tmp_path):
     lines[2] = lines[2] | {"image": lines[2]["image"][:-1] + b"?"}
     write_pairs(tmp_path / "other_byte.arrow", lines)
     prints = [
-        describe_arrow(tmp_path / f"{name}.arrow").fingerprint
+        describe_arrow(tmp_path / f"{name}.arrow").content
         for name in ("one", "other_column_order", "other_order", "other_byte")
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_fingerprint_is_of_texts_ids_and_image_sizes(tmp_path):
+    lines = [{"image": image_bytes(i), "caption": ["x"] * i, "image_id": str(i), "split": "train"} for i in range(5)]
+    changed = {
+        "same": {},
+        "other_byte": {"image": lines[2]["image"][:-1] + b"?"},  # which would cost reading every image to see
+        "other_size": {"image": lines[2]["image"] + b"?"},
+        "other_text": {"caption": ["x", "y"]},
+        "other_id": {"image_id": "2b"},
+    }
+    prints = {}
+    for name, change in changed.items():
+        write_pairs(tmp_path / f"{name}.arrow", [*lines[:2], lines[2] | change, *lines[3:]])
+        prints[name] = describe_arrow(tmp_path / f"{name}.arrow").fingerprint
+        dataset = PairDataset([tmp_path / f"{name}.arrow"])
+        assert dataset.fingerprints() == {f"{name}.arrow": prints[name]}
+    assert prints["same"] == prints["other_byte"] and len(set(prints.values())) == 4
 
 
 def test_description_of_few_bad_and_no_images(tmp_path):

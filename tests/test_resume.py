@@ -228,7 +228,7 @@ def test_other_data_are_refused_unless_forced(stopped, capsys):
     rows[3]["caption"][0] += " more"
     write_pairs(stopped / "made_train.arrow", rows)
     assert run(stopped, "--resume", "auto", train=TRAIN) == 2
-    assert "the training data is another" in capsys.readouterr().err
+    assert "made_train.arrow does not hold what it held" in capsys.readouterr().err
     assert run(stopped, "--resume", "auto", "--force-resume", train=TRAIN) == 0
 
 

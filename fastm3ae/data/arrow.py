@@ -107,7 +107,7 @@ class ArrowTable:
     def fingerprint(self, columns: Iterable[str]) -> str:
         """Returns the SHA-256 of the columns' values, row by row, with the size of an image in its place.
 
-        Equal rows give an equal fingerprint, however they are cut into files and record batches.
+        Equal rows give an equal fingerprint, however they are cut into record batches. No image is read.
         """
         digest, names = hashlib.sha256(), sorted(columns)
         for batch in self.batches:

@@ -43,7 +43,7 @@ class PairDataset:
     ) -> None:
         columns = {"image": "binary", text_column: "list<string>", "image_id": "string", **(extra_columns or {})}
         self.table = ArrowTable.open(files, columns)
-        self.columns, self.text_column, self.alpha = sorted(columns), text_column, alpha
+        self.columns, self.text_column, self.alpha = tuple(columns), text_column, alpha
         num_texts = np.array([len(texts) for texts in self.table.column(text_column)], dtype=np.int64)
         first_pair = np.concatenate([[0], np.cumsum(num_texts)])
         self.row = np.repeat(np.arange(len(num_texts)), num_texts)
@@ -59,9 +59,9 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.row)
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of all texts, ids and labels and of the images' sizes in bytes; no image is read."""
-        return self.table.fingerprint(self.columns)
+    def fingerprints(self) -> dict[str, str]:
+        """Returns for each file, by name, the SHA-256 of texts, ids, labels and image sizes; no image is read."""
+        return {path.name: ArrowTable([path]).fingerprint(self.columns) for path in self.table.paths}
 
     def text(self, pair: int) -> str:
         """Returns the pair's text as it stands in the file."""

@@ -1,4 +1,4 @@
-"""What an arrow file holds: its columns, its texts, its images, and a fingerprint of its content."""
+"""What an arrow file holds: its columns, its texts, its images, and hashes of its content."""
 
 import hashlib
 import io
@@ -40,6 +40,8 @@ class ArrowDescription:
     widths_px: Sequence[int]
     heights_px: Sequence[int]
     fingerprint: str
+    """SHA-256 of texts, ids and image sizes, by which a run knows its data."""
+    content: str
     """SHA-256 of all values: equal for files of equal rows, however these are cut into record batches."""
 
     def render(self) -> str:
@@ -57,11 +59,12 @@ class ArrowDescription:
             lines += [f"  {count} x {kind}" for kind, count in self.formats.most_common()]
         if self.widths_px:
             lines.append(f"  {_range('width in pixels', self.widths_px)}; {_range('height', self.heights_px)}")
-        return "\n".join([*lines, f"content: sha256 {self.fingerprint}"])
+        lines.append(f"texts, ids and image sizes: sha256 {self.fingerprint}")
+        return "\n".join([*lines, f"content: sha256 {self.content}"])
 
 
 def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
-    """Returns what an arrow file holds. Every byte is read once, for the fingerprint; no image is decoded.
+    """Returns what an arrow file holds. Every byte is read once, for its hash; no image is decoded.
 
     Args:
         path: An arrow file of images and texts.
@@ -97,7 +100,10 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
         formats=formats,
         widths_px=[width for width, _ in sizes_px],
         heights_px=[height for _, height in sizes_px],
-        fingerprint=_fingerprint(table.batches),
+        fingerprint=table.fingerprint(
+            ["image", *text_columns[:1], *(name for name in ("image_id",) if name in schema.names)]
+        ),
+        content=_hash_content(table.batches),
     )
 
 
@@ -105,7 +111,7 @@ def _range(name: str, values: Sequence[int]) -> str:
     return f"{name}: {min(values)} to {max(values)}, mean {fmean(values):.1f}, median {median(values):.0f}"
 
 
-def _fingerprint(batches: list[pa.RecordBatch]) -> str:
+def _hash_content(batches: list[pa.RecordBatch]) -> str:
     """Returns the SHA-256 of every row's values, in the order of the columns' names, each with its name and length."""
     digest = hashlib.sha256()
     for batch in batches:

@@ -151,8 +151,9 @@ def _loader(
 
 
 def _fingerprints(train_loader: Loader, val_loader: Loader, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Returns by the names of the data files, and for the tokenizer, a hash of what they hold."""
     return {
-        "training data": train_loader.dataset.fingerprint(),
-        "validation data": val_loader.dataset.fingerprint(),
+        **train_loader.dataset.fingerprints(),
+        **val_loader.dataset.fingerprints(),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }

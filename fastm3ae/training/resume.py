@@ -64,7 +64,11 @@ def check_same_run(
     """
     found = differences(state["config"], to_dict(config))
     faults = [f"{key} is {now!r}, was {was!r}" for key, (was, now) in found.items() if key not in MAY_DIFFER]
-    faults += [f"the {what} is another" for what, now in fingerprints.items() if state["fingerprints"].get(what) != now]
+    faults += [
+        f"{what} does not hold what it held"
+        for what, now in fingerprints.items()
+        if state["fingerprints"].get(what) != now
+    ]
     if faults and not config.force_resume:
         raise UserError(
             f"The run cannot go on as it was: {'; '.join(faults)}. Restore it, or give --force-resume to go on with "

@@ -1,0 +1,77 @@
+"""What a run folder or a checkpoint holds, as text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastm3ae.errors import UserError
+from fastm3ae.pretrained import describe_weights
+from fastm3ae.training.checkpoint import BEST, MANIFEST_FILE, STATE_FILE, checkpoints, damage
+
+__all__ = ["describe_checkpoint", "describe_run"]
+
+
+def describe_run(folder: Path) -> str:
+    """Returns a run's progress, last metrics, checkpoints, data, environment and configuration.
+
+    Raises:
+        UserError: The folder is no run's, or one of its files is damaged.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml.")
+    sections = {name: folder / name for name in ("summary.json", "data.json", "environment.json", "config.yaml")}
+    lines = [f"{folder}: a run, {'complete' if sections['summary.json'].is_file() else 'not complete'}"]
+    lines += [f"last {split}: {_values(values)}" for split, values in _last_metrics(folder / "metrics.jsonl").items()]
+    lines += ["", "== checkpoints"]
+    for _, path in checkpoints(folder / "checkpoints"):
+        lines.append(f"{path.name:<16} {_size(path):>11}  {damage(path) or 'whole'}")
+    if (best := folder / "checkpoints" / BEST).is_dir():
+        lines.append(f"{BEST:<16} {_size(best):>11}  weights alone")
+    for name, path in sections.items():
+        if path.is_file():
+            lines += ["", f"== {name}", path.read_text().rstrip()]
+    return "\n".join(lines)
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Returns the sizes of a checkpoint's parts and its configuration; of one of a run also where the run stood.
+
+    Raises:
+        UserError: There is no such checkpoint, or it can't be read.
+    """
+    if not (path / STATE_FILE).is_file():
+        return describe_weights(path)
+    fault = damage(path)
+    lines = [f"{path}: {_size(path)}, {fault or 'whole'}"]
+    if fault is None:
+        for name, written in json.loads((path / MANIFEST_FILE).read_text())["files"].items():
+            lines.append(f"  {name}: {written['bytes']:,} bytes, sha256 {written['sha256']}")
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        epoch, batch = state["position"]
+        lines.append(
+            f"{state['step']} steps were made, by {state['num_processes']} processes of {state['micro_batch']} pairs a "
+            f"pass; the next batch is number {batch} of epoch {epoch}"
+        )
+        lines += [f"{what}: sha256 {fingerprint}" for what, fingerprint in state["fingerprints"].items()]
+        lines.append(f"last validation: {_values(state['validation']) or 'none'}")
+    return "\n".join([*lines, "", describe_weights(path)])
+
+
+def _last_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the last whole line of each split."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+        if line.endswith("}\n"):
+            values = json.loads(line)
+            last[values.pop("split")] = values
+    return last
+
+
+def _values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 2**20:,.1f} MiB"
