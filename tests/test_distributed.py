@@ -10,12 +10,15 @@ import time
 import pytest
 import torch
 from corpus import caption_rows, pretrain_batches
+from models import small_batch, small_model
 from runs import NO_DROPOUT, command, losses, run
 from safetensors.torch import load_file
 
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.data.loader import Loader, Place
 from fastm3ae.errors import UserError
+from fastm3ae.objectives import losses as objective_losses
+from fastm3ae.objectives import total
 from fastm3ae.training.distributed import Processes
 
 # Shares of 3 and 4 pairs, the larger one in two passes; epochs of 3 batches.
@@ -160,3 +163,13 @@ def test_pieces_cover_every_batch_once(num_pairs, micro_batch, num_ranks):
         if is_training and num_pairs >= num_ranks:
             shares = [sum(len(range(num_pairs)[piece]) for piece in of_rank) for of_rank in pieces]
             assert min(sizes) >= 1 and max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("objectives", [("mlm", "mim", "itm"), ("mlm", "itm"), ("itm",), ("mlm", "mim"), ("mim",)])
+def test_image_text_matching_leaves_no_parameter_alone(objectives):
+    """What decides whether the processes look for parameters without a gradient in each step."""
+    model = small_model(objectives=objectives)
+    batch = small_batch(model, "mlm")
+    total(objective_losses(model(batch), batch, model.config)).backward()
+    left_alone = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert bool(left_alone) == ("itm" not in objectives), left_alone

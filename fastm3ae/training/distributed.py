@@ -6,6 +6,7 @@ stop) always travels by gloo, so that no GPU is waited for.
 """
 
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,6 +22,12 @@ __all__ = ["Processes"]
 
 Value = TypeVar("Value")
 
+# The old name warns where there is the new one (from torch 2.14 on).
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 TIMEOUT = datetime.timedelta(minutes=60)  # the first process may validate or write for long while others wait
 
 
@@ -61,16 +68,21 @@ class Processes:
         if self._host is not None:
             dist.destroy_process_group()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns the model such that a backward pass leaves the mean of all processes' gradients everywhere."""
+    def wrap(self, model: nn.Module, leaves_some_alone: bool) -> nn.Module:
+        """Returns the model such that a backward pass leaves the mean of all processes' gradients everywhere.
+
+        Args:
+            model: The model, on this process's device.
+            leaves_some_alone: Whether there are parameters that no pass reads; they stay without a gradient.
+        """
         if self._host is None:
             return model
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # there are none that change
-            find_unused_parameters=True,  # each objective leaves some alone, and they must stay without a gradient
+            find_unused_parameters=leaves_some_alone,
             gradient_as_bucket_view=True,
+            **{_SYNC_BUFFERS: False},  # there are none that change
         )
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -44,7 +44,8 @@ class OptimizerStep:
         is_fp16: bool,
     ) -> None:
         self.model, self.config, self.processes, self.autocast = model, config, processes, autocast
-        self.parallel = processes.wrap(model)
+        # Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
+        self.parallel = processes.wrap(model, leaves_some_alone="itm" not in model.config.objectives)
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
         self.schedule = build_schedule(self.optimizer, config, num_steps)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
