@@ -197,14 +197,10 @@ def inspect(arguments: Sequence[str]) -> None:
         from fastm3ae.data.describe import describe_arrow
 
         print(describe_arrow(path).render())
-    elif (path / "config.yaml").is_file():
-        for name in ("config.yaml", "environment.json", "summary.json"):
-            if (path / name).is_file():
-                print(f"== {name}\n{(path / name).read_text()}")
     else:
-        from fastm3ae.pretrained import describe_weights
+        from fastm3ae.training.describe import describe_checkpoint, describe_run
 
-        print(describe_weights(path))
+        print(describe_run(path) if (path / "config.yaml").is_file() else describe_checkpoint(path))
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -265,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python's last flush fails, too
+        return 141  # 128 + SIGPIPE, as a program says that this signal ended
 
 
 def _warn(message: str) -> None:

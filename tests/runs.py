@@ -23,7 +23,8 @@ NO_DROPOUT = {
     "fusion": {**MODEL["fusion"], "dropout_frac": 0.0},
 }
 TRAIN = {"num_steps": 6, "batch_size": 8, "num_workers": 0, "log_every_steps": 1, "validate_every_steps": 3,
-         "save_every_steps": 2, "keep_checkpoints": 2, "num_pictures": 2, "tensorboard": False}  # fmt: skip
+         "save_every_steps": 2, "keep_checkpoints": 2, "num_pictures": 2, "tensorboard": False,
+         "device": "cpu"}  # fmt: skip
 
 
 def write_corpus(folder):

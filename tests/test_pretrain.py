@@ -183,6 +183,14 @@ def test_the_command_as_a_process(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_a_reader_that_has_enough(corpus):
+    """As in `fastm3ae inspect FILE | head -1`."""
+    command = [sys.executable, "-m", "fastm3ae", "inspect", str(corpus / "made_train.arrow")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_own_images_from_a_table_to_a_run(tmp_path, capsys):
     lines = ["file,report,split"]
     for row in caption_rows(16, 50):

@@ -14,6 +14,7 @@ from corpus import caption_rows
 from runs import command, losses, run, write_corpus
 from safetensors.torch import load_file
 
+from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
 from fastm3ae.training.loop import Trainer
@@ -241,6 +242,26 @@ def test_data_may_move(stopped, folder):
     assert losses(stopped / "run") == losses(folder / "whole")
 
 
+def test_inspect_says_where_a_run_stands(stopped, folder, capsys):
+    assert main(["inspect", str(stopped / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "a run, not complete" in text and "last train: step 8" in text and "last val: step 5" in text
+    assert text.count("  whole") == 2 and "weights alone" in text and "max_text_tokens: 24" in text
+    assert main(["inspect", str(stopped / "made_train.arrow")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("texts, ids and image sizes")]
+    assert line.split()[-1] in text  # the run knows its data by the same hash
+    checkpoint = stopped / "run/checkpoints/step_000006"
+    assert main(["inspect", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    assert "6 steps were made, by 1 processes of 5 pairs a pass; the next batch is number 3 of epoch 1" in text
+    assert f"model.safetensors: {(checkpoint / 'model.safetensors').stat().st_size:,} bytes" in text
+    (checkpoint / STATE_FILE).write_bytes(b"")
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert f"{STATE_FILE} has 0 of" in capsys.readouterr().out
+    assert main(["inspect", str(folder / "whole")]) == 0
+    assert "a run, complete" in capsys.readouterr().out
+
+
 def test_a_truncated_checkpoint_is_passed_over(stopped, folder, capsys):
     newest, older = stopped / "run/checkpoints/step_000006", stopped / "run/checkpoints/step_000005"
     state = newest / STATE_FILE
@@ -319,3 +340,20 @@ def test_copies_do_not_change_with_what_was_copied():
     again = copy_to_host(state, copy)
     assert again["a"].data_ptr() == copy["a"].data_ptr() and torch.equal(again["a"], torch.full((3,), 5.0))
     assert copy_to_host({"a": torch.ones(4)}, copy)["a"].shape == (4,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_run_goes_on(folder, monkeypatch, precision):
+    """Equal but for the order in which a GPU adds up; dropout draws the same, fp16 scales the same."""
+    train = {**TRAIN, "device": "cuda", "precision": precision, "num_workers": 1}
+    assert run(folder, output=f"{precision}_whole", train=train) == 0
+    with monkeypatch.context() as patch:
+        at_batch(patch, 7, kill)
+        with pytest.raises(Killed):
+            run(folder, output=f"{precision}_killed", train=train)
+    torch.cuda.manual_seed(9)
+    assert run(folder, "--resume", "auto", output=f"{precision}_killed", train=train) == 0
+    got, want = (losses(folder / f"{precision}_{name}") for name in ("killed", "whole"))
+    for left, right in zip(got, want, strict=True):
+        assert left[:2] == right[:2] and left[3:] == pytest.approx(right[3:], rel=1e-4 if precision == "fp32" else 2e-2)

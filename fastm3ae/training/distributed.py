@@ -110,7 +110,11 @@ class Processes:
         return values
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """Returns what ``make`` gives in the first process, everywhere; its UserError is raised everywhere, too."""
+        """Returns what ``make`` gives in the first process, everywhere; its UserError ends all, and it says why.
+
+        Raises:
+            UserError: In the first process, what ``make`` raised; the others end in silence (SystemExit).
+        """
         if self._host is None:
             return make()
         answer: list[Any] = [None]
@@ -121,7 +125,7 @@ class Processes:
                 answer[0] = error
         _talk(dist.broadcast_object_list, answer, src=0, group=self._host)
         if isinstance(answer[0], UserError):
-            raise answer[0]
+            raise answer[0] if self.is_first else SystemExit(2)
         return answer[0]
 
 
