@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "masked_pixel_loss.h"
+#include "resize_crop.h"
 
 namespace py = pybind11;
 
@@ -28,10 +29,19 @@ void define(py::module_& m, const char* name, Function function) {
         py::arg("num_threads"), py::arg("loss"), py::arg("grad_pred"), py::call_guard<py::gil_scoped_release>());
 }
 
+void resize_crop_cpu(uintptr_t image, int64_t height, int64_t width, int64_t channels, int64_t new_height,
+                     int64_t new_width, int64_t top, int64_t left, int64_t size, uintptr_t square) {
+  fastm3ae::resize_crop_cpu(pointer<const uint8_t>(image), height, width, channels, new_height, new_width, top, left,
+                            size, pointer<uint8_t>(square));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels of fastm3ae; kernels/*.py checks the tensors and calls them.";
   define(m, "masked_pixel_loss_cpu_float32", masked_pixel_loss_cpu<float>);
   define(m, "masked_pixel_loss_cpu_float64", masked_pixel_loss_cpu<double>);
+  m.def("resize_crop_cpu", resize_crop_cpu, py::kw_only(), py::arg("image"), py::arg("height"), py::arg("width"),
+        py::arg("channels"), py::arg("new_height"), py::arg("new_width"), py::arg("top"), py::arg("left"),
+        py::arg("size"), py::arg("square"), py::call_guard<py::gil_scoped_release>());
 }

@@ -18,5 +18,6 @@ _installed, _checkout = Path(__file__).parent / "kernels", Path(__file__).parent
 __path__ = [str(_installed if _installed.is_dir() else _checkout)]
 
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
+from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 
-__all__ = ["masked_pixel_loss"]
+__all__ = ["masked_pixel_loss", "resize_crop"]

@@ -3,6 +3,7 @@
 Pixels stay 8-bit until they are on the device that computes: a quarter of the bytes to collate, copy and keep.
 """
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Literal
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import transforms
 
 from fastm3ae.errors import UserError, nearest
+from fastm3ae.kernels import resize_crop
 
 __all__ = ["TRANSFORMS", "decode_image", "make_transform", "normalization", "normalize"]
 
@@ -84,22 +86,21 @@ def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], tor
     Raises:
         UserError: The name is unknown.
 
-    Source: m3ae/transforms/transform.py.
+    Source: m3ae/transforms/transform.py. Pillow 13 resizes tall images in another order than all versions before;
+        ``clip`` and ``imagenet`` keep to the old one (``fastm3ae.kernels.resize_crop``).
     Deviation: The operations of RandAugment are torchvision's. The original's list has SolarizeAdd (which fails with
         today's numpy) in place of Identity, and other strengths: it only ever lowers brightness, contrast and colour,
         and posterises to a single bit.
     """
     _check_name(name)
-    size, bicubic = image_size_px, transforms.InterpolationMode.BICUBIC
-    centre = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
-    steps: dict[str, list[Callable]] = {
-        "clip": centre,
-        "imagenet": centre,
-        "clip_resizedcrop": [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)],
-        "clip_randaug": [transforms.RandAugment(num_ops=2, magnitude=9), *centre],
-    }
-    # Grey images become RGB last, as in the original: the same pixels for a third of the work.
-    return transforms.Compose([*steps[name], _to_rgb, transforms.PILToTensor()])
+    middle = functools.partial(_middle, size_px=image_size_px)
+    if name == "clip_resizedcrop":
+        bicubic = transforms.InterpolationMode.BICUBIC
+        crop = transforms.RandomResizedCrop(image_size_px, scale=(0.9, 1.0), interpolation=bicubic)
+        return transforms.Compose([crop, middle])
+    if name == "clip_randaug":
+        return transforms.Compose([transforms.RandAugment(num_ops=2, magnitude=9), middle])
+    return middle
 
 
 def normalization(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,8 +134,20 @@ def _check_name(name: str) -> None:
         raise UserError(f"The transform must be one of {known}, got {name!r}.{nearest(name, TRANSFORMS)}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+def _middle(image: Image.Image, size_px: int) -> torch.Tensor:
+    """Returns the middle of an ``L``, ``RGB`` or ``RGBA`` image whose shorter side is resized to ``size_px``."""
+    if image.mode == "RGBA" and min(image.size) != size_px:
+        # As Pillow resizes transparent images: colours are weighted by alpha, and no longer so afterwards.
+        weighted_HWC = _resize_crop(image.convert("RGBa"), size_px).permute(1, 2, 0)
+        image = Image.frombytes("RGBa", (size_px, size_px), weighted_HWC.numpy().tobytes()).convert("RGBA")
+    if image.mode == "RGBA":
+        image = image.convert("RGB")
+    return _resize_crop(image, size_px).expand(3, -1, -1)  # grey becomes RGB last: a third of the work
+
+
+def _resize_crop(image: Image.Image, size_px: int) -> torch.Tensor:
+    levels = torch.from_numpy(np.array(image))
+    return resize_crop(levels.view(*levels.shape[:2], -1), size_px=size_px)
 
 
 def _scale_levels(image: Image.Image) -> Image.Image:
