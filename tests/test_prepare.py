@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from prepared import REFERENCES, SPLITS, ids, image_bytes, left_out, rows, write
 
-from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable, write_pairs
-from fastm3ae.data.datasets import PairDataset
-from fastm3ae.data.describe import describe_arrow
+from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable
 from fastm3ae.data.prepare import (
     SOURCES,
     common,
@@ -322,72 +320,6 @@ def test_progress_and_order_with_many_images(tmp_path, monkeypatch):
 
 
 # Tables
-
-
-def test_description(roco, tmp_path):
-    prepare_roco(roco, tmp_path / "out")
-    described = describe_arrow(tmp_path / "out/roco_train.arrow")
-    assert described.num_images == 3 and described.texts_per_image == [3, 1, 2]
-    assert (
-        described.formats == {"JPEG, mode L": 3}
-        and described.widths_px == [8, 8, 8]
-        and described.heights_px == [6, 6, 6]
-    )
-    text = described.render()
-    assert (
-        "3 images" in text
-        and "caption: list<item: string>" in text
-        and described.fingerprint in text
-        and described.content in text
-    )
-    assert "6 texts" in text and "3 x JPEG, mode L" in text
-
-
-def test_fingerprint_is_of_the_content(tmp_path):
-    lines = [{"image": image_bytes(i), "caption": ["x"] * i, "image_id": str(i), "split": "train"} for i in range(5)]
-    write_pairs(tmp_path / "one.arrow", lines)
-    write_pairs(tmp_path / "other_column_order.arrow", lines, dict(sorted(CAPTION_COLUMNS.items())))
-    write_pairs(tmp_path / "other_order.arrow", lines[::-1])
-    lines[2] = lines[2] | {"image": lines[2]["image"][:-1] + b"?"}
-    write_pairs(tmp_path / "other_byte.arrow", lines)
-    prints = [
-        describe_arrow(tmp_path / f"{name}.arrow").content
-        for name in ("one", "other_column_order", "other_order", "other_byte")
-    ]
-    assert prints[0] == prints[1] and len(set(prints)) == 3
-
-
-def test_fingerprint_is_of_texts_ids_and_image_sizes(tmp_path):
-    lines = [{"image": image_bytes(i), "caption": ["x"] * i, "image_id": str(i), "split": "train"} for i in range(5)]
-    changed = {
-        "same": {},
-        "other_byte": {"image": lines[2]["image"][:-1] + b"?"},  # which would cost reading every image to see
-        "other_size": {"image": lines[2]["image"] + b"?"},
-        "other_text": {"caption": ["x", "y"]},
-        "other_id": {"image_id": "2b"},
-    }
-    prints = {}
-    for name, change in changed.items():
-        write_pairs(tmp_path / f"{name}.arrow", [*lines[:2], lines[2] | change, *lines[3:]])
-        prints[name] = describe_arrow(tmp_path / f"{name}.arrow").fingerprint
-        dataset = PairDataset([tmp_path / f"{name}.arrow"])
-        assert dataset.fingerprints() == {f"{name}.arrow": prints[name]}
-    assert prints["same"] == prints["other_byte"] and len(set(prints.values())) == 4
-
-
-def test_description_of_few_bad_and_no_images(tmp_path):
-    lines = [{"image": b"?" * i, "caption": [], "image_id": str(i), "split": "val"} for i in range(50)]
-    write_pairs(tmp_path / "bad.arrow", lines)
-    described = describe_arrow(tmp_path / "bad.arrow", max_images=7)
-    assert described.num_sampled == 7 and described.formats == {"unreadable": 7} and "unreadable" in described.render()
-    write_pairs(tmp_path / "none.arrow", [])
-    assert "0 images" in describe_arrow(tmp_path / "none.arrow").render()
-    (tmp_path / "cut.arrow").write_bytes((tmp_path / "bad.arrow").read_bytes()[:-20])
-    with pytest.raises(UserError, match="truncated"):
-        describe_arrow(tmp_path / "cut.arrow")
-
-
-# Real releases, where a folder with them is at hand
 
 
 @pytest.fixture
