@@ -1,10 +1,14 @@
 """What inspect says of an arrow file, and the hashes by which files are compared."""
 
+import pytest
 from prepared import image_bytes
 
 from fastm3ae.data.arrow import CAPTION_COLUMNS, write_pairs
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.describe import describe_arrow
+from fastm3ae.errors import UserError
+
+TEXTS = ["one", "two words", "three"]
 
 
 def test_description(tmp_path):
