@@ -2,6 +2,9 @@
 
 import argparse
 import datetime
+import math
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -16,11 +19,18 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
+    """What each run took: on the clock, and of the processors, worker processes included (NaN where unknown)."""
+
     samples_s: tuple[float, ...]
+    cpu_samples_s: tuple[float, ...]
 
     @property
     def median_s(self):
         return statistics.median(self.samples_s)
+
+    @property
+    def median_cpu_s(self):
+        return statistics.median(self.cpu_samples_s)
 
     def percentile_s(self, percent):
         return statistics.quantiles(self.samples_s, n=100, method="inclusive")[percent - 1]
@@ -39,11 +49,24 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up_r
     samples = {name: [] for name in variants}
     for round_ in range(-warm_up_rounds, rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start_cpu, start = cpu_s(), time.perf_counter()
             run()
+            seconds = time.perf_counter() - start
             if round_ >= 0:
-                samples[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+                samples[name].append((seconds, cpu_s() - start_cpu))
+    return {name: Timing(*zip(*runs, strict=True)) for name, runs in samples.items()}
+
+
+def cpu_s() -> float:
+    """Processor time of this process and its living children so far; NaN where the system has no /proc."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        stat = Path(f"/proc/{child.pid}/stat")
+        if not stat.exists():
+            return math.nan
+        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def copy_of(num_bytes: int) -> Callable[[], object]:
