@@ -29,7 +29,7 @@ def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official
     """Returns the image with 8 bits per level, grey as ``L`` and colour as ``RGB``.
 
     Most radiographs are stored in colour although every pixel is grey; they count as grey, which gives the same squares
-    in less than half of the time.
+    in less time.
 
     Grey images of more than 8 bits are scaled linearly, their darkest pixel to 0 and their brightest to 255. The first
     frame of an animation or a stack counts. EXIF orientation is ignored, as by the original.
@@ -62,11 +62,9 @@ def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official
         return _scale_levels(image)
     if image.has_transparency_data:
         image = _resolve_alpha(image.convert("RGBA"), alpha)
-    if image.mode in ("L", "RGBA"):
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    return _without_needless_colour(image.convert("RGB"))
+    if image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return _without_needless_colour(image) if image.mode == "RGB" else image
 
 
 def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -163,7 +161,7 @@ def _scale_levels(image: Image.Image) -> Image.Image:
 def _without_needless_colour(image: Image.Image) -> Image.Image:
     """Returns an ``RGB`` image as ``L`` if its three levels are equal in every pixel."""
     red, green, blue = image.split()
-    return red if red == green == blue else image
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
 
 
 def _resolve_alpha(image: Image.Image, alpha: Literal["composite", "official"]) -> Image.Image:
