@@ -18,6 +18,7 @@ _installed, _checkout = Path(__file__).parent / "kernels", Path(__file__).parent
 __path__ = [str(_installed if _installed.is_dir() else _checkout)]
 
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
+from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 
-__all__ = ["masked_pixel_loss", "resize_crop"]
+__all__ = ["masked_pixel_loss", "random_patch_order", "random_patch_order_from_seed", "resize_crop"]

@@ -1,0 +1,80 @@
+"""What each Triton kernel asks of a GPU, compiled ahead of time for sm_80 and sm_90: no GPU is needed.
+
+python benchmarks/triton_resources.py    # the table; exit status 1 where a kernel spills registers
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastm3ae.kernels import random_patch_order_triton as order
+
+ARCHITECTURES = (80, 90)
+# By how much Triton specialises a launch whose pointers and sizes are multiples of 16, as the official shapes are.
+DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+class Row(NamedTuple):
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    threads: int
+
+
+def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+    """Name, kernel, the types of its arguments and its constants, for every variant that the official shapes launch."""
+    outputs = {"keep_ptr": "*i64", "restore_ptr": "*i64", "is_hidden_ptr": "*i1"}
+    kernel, blocks = order._random_patch_order_fwd_kernel, {"BLOCK_N": order._BLOCK_N, "BLOCK_M": order._BLOCK_M}
+    types = {"noise_ptr": "*fp32", "seed_ptr": "*i64", **outputs, "N": "i32", "K": "i32"}
+    yield "random_patch_order", kernel, types, {**blocks, "FROM_SEED": False, "seed_ptr": None}
+    yield "random_patch_order_from_seed", kernel, types, {**blocks, "FROM_SEED": True, "noise_ptr": None}
+
+
+def compile_for(arch: int, kernel, types: dict[str, str], constants: dict[str, object]):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): DIVISIBLE_BY_16 for i, name in enumerate(names) if signature[name].startswith("*")}
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32))
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of the one function of a cubin: REG, STACK, LOCAL, ..."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", said)}
+
+
+def rows() -> list[Row]:
+    """One row per kernel variant and architecture; spills in bytes of stack per thread."""
+    made = []
+    for name, kernel, types, constants in kernels():
+        for arch in ARCHITECTURES:
+            compiled = compile_for(arch, kernel, types, constants)
+            used = usage(compiled.asm["cubin"])
+            spills = used["STACK"] + used["LOCAL"]
+            threads = compiled.metadata.num_warps * 32
+            made.append(Row(name, arch, used["REG"], spills, compiled.metadata.shared, threads))
+    return made
+
+
+if __name__ == "__main__":
+    print(f"{'kernel':40} {'arch':>6} {'registers':>10} {'spills':>7} {'shared bytes':>13} {'threads':>8}")
+    table = rows()
+    for row in table:
+        print(
+            f"{row.kernel:40} {f'sm_{row.arch}':>6} {row.registers:10} {row.spills:7} {row.shared_bytes:13} "
+            f"{row.threads:8}"
+        )
+    sys.exit(any(row.spills for row in table))
