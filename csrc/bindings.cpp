@@ -1,5 +1,9 @@
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
 #include "masked_pixel_loss.h"
 #include "resize_crop.h"
 
@@ -13,21 +17,49 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <typename T>
-void masked_pixel_loss_cpu(uintptr_t pred, uintptr_t image, uintptr_t is_hidden, int64_t batch_size, int64_t height,
-                           int64_t width, int64_t patch_size, bool normalize_target, int num_threads, uintptr_t loss,
-                           uintptr_t grad_pred) {
-  fastm3ae::masked_pixel_loss_cpu(pointer<const T>(pred), pointer<const T>(image), pointer<const bool>(is_hidden),
-                                  batch_size, height, width, patch_size, normalize_target, num_threads,
-                                  pointer<T>(loss), pointer<T>(grad_pred));
+[[maybe_unused]] fastm3ae::DType dtype(const std::string& name) {
+  using fastm3ae::DType;
+  if (name == "uint8") return DType::kUInt8;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw std::invalid_argument("no kernel is compiled for " + name);
+}
+
+fastm3ae::PixelLossShape pixel_loss_shape(int64_t batch_size, int64_t height, int64_t width, int64_t patch_size,
+                                          int64_t num_preds, uintptr_t is_hidden, uintptr_t hidden_index,
+                                          bool normalize_target) {
+  return {batch_size, height,    width, patch_size, num_preds, pointer<const bool>(is_hidden),
+          pointer<const int64_t>(hidden_index), normalize_target};
+}
+
+template <typename T, typename Pixel>
+void masked_pixel_loss_cpu(const fastm3ae::PixelLossShape& shape, uintptr_t pred, uintptr_t image, uintptr_t mean,
+                           uintptr_t std, int num_threads, uintptr_t loss, uintptr_t difference, uintptr_t grad_scale) {
+  fastm3ae::masked_pixel_loss_cpu(shape, pointer<const T>(pred), pointer<const Pixel>(image),
+                                  pointer<const float>(mean), pointer<const float>(std), num_threads, pointer<T>(loss),
+                                  pointer<T>(difference), pointer<T>(grad_scale));
 }
 
 template <typename Function>
-void define(py::module_& m, const char* name, Function function) {
-  m.def(name, function, py::kw_only(), py::arg("pred"), py::arg("image"), py::arg("is_hidden"), py::arg("batch_size"),
-        py::arg("height"), py::arg("width"), py::arg("patch_size"), py::arg("normalize_target"),
-        py::arg("num_threads"), py::arg("loss"), py::arg("grad_pred"), py::call_guard<py::gil_scoped_release>());
+void define_masked_pixel_loss_cpu(py::module_& m, const char* name, Function function) {
+  m.def(name, function, py::arg("shape"), py::kw_only(), py::arg("pred"), py::arg("image"), py::arg("mean"),
+        py::arg("std"), py::arg("num_threads"), py::arg("loss"), py::arg("difference"), py::arg("grad_scale"),
+        py::call_guard<py::gil_scoped_release>());
 }
+
+#ifdef FASTM3AE_CUDA_ARCHITECTURES
+void masked_pixel_loss_cuda(const fastm3ae::PixelLossShape& shape, const std::string& pred_dtype,
+                            const std::string& image_dtype, uintptr_t pred, uintptr_t image, uintptr_t mean,
+                            uintptr_t std, int device, uintptr_t stream, uintptr_t partial, uintptr_t loss,
+                            uintptr_t difference, uintptr_t grad_scale) {
+  fastm3ae::masked_pixel_loss_cuda(shape, dtype(pred_dtype), dtype(image_dtype), pointer<void>(pred),
+                                   pointer<void>(image), pointer<const float>(mean), pointer<const float>(std), device,
+                                   pointer<void>(stream), pointer<void>(partial), pointer<void>(loss),
+                                   pointer<void>(difference), pointer<void>(grad_scale));
+}
+#endif
 
 void resize_crop_cpu(uintptr_t image, int64_t height, int64_t width, int64_t channels, int64_t new_height,
                      int64_t new_width, int64_t top, int64_t left, int64_t size, uintptr_t square) {
@@ -38,10 +70,30 @@ void resize_crop_cpu(uintptr_t image, int64_t height, int64_t width, int64_t cha
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ kernels of fastm3ae; kernels/*.py checks the tensors and calls them.";
-  define(m, "masked_pixel_loss_cpu_float32", masked_pixel_loss_cpu<float>);
-  define(m, "masked_pixel_loss_cpu_float64", masked_pixel_loss_cpu<double>);
+  m.doc() = "The C++ and CUDA kernels of fastm3ae; kernels/*.py checks the tensors and calls them.";
+
+  py::class_<fastm3ae::PixelLossShape>(m, "PixelLossShape")
+      .def(py::init(&pixel_loss_shape), py::kw_only(), py::arg("batch_size"), py::arg("height"), py::arg("width"),
+           py::arg("patch_size"), py::arg("num_preds"), py::arg("is_hidden"), py::arg("hidden_index"),
+           py::arg("normalize_target"));
+  define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_uint8", masked_pixel_loss_cpu<float, uint8_t>);
+  define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_float32", masked_pixel_loss_cpu<float, float>);
+  define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_float64", masked_pixel_loss_cpu<double, double>);
   m.def("resize_crop_cpu", resize_crop_cpu, py::kw_only(), py::arg("image"), py::arg("height"), py::arg("width"),
         py::arg("channels"), py::arg("new_height"), py::arg("new_width"), py::arg("top"), py::arg("left"),
         py::arg("size"), py::arg("square"), py::call_guard<py::gil_scoped_release>());
+
+  // What is in this module: ("sm_80", "compute_90", ...), empty without CUDA, and the version of nvcc.
+#ifdef FASTM3AE_CUDA_ARCHITECTURES
+  m.attr("cuda_architectures") = py::make_tuple(FASTM3AE_CUDA_ARCHITECTURES);
+  m.attr("cuda_version") = FASTM3AE_CUDA_VERSION;
+  m.attr("masked_pixel_loss_preds_per_block") = fastm3ae::kPixelLossPredsPerBlock;
+  m.def("masked_pixel_loss_cuda", masked_pixel_loss_cuda, py::arg("shape"), py::kw_only(), py::arg("pred_dtype"),
+        py::arg("image_dtype"), py::arg("pred"), py::arg("image"), py::arg("mean"), py::arg("std"), py::arg("device"),
+        py::arg("stream"), py::arg("partial"), py::arg("loss"), py::arg("difference"), py::arg("grad_scale"),
+        py::call_guard<py::gil_scoped_release>());
+#else
+  m.attr("cuda_architectures") = py::tuple();
+  m.attr("cuda_version") = py::none();
+#endif
 }

@@ -1,15 +1,20 @@
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from pixel_loss_cases import CASES, DEVICES, MEAN, ODD, STD, Case, loss_and_grad
 from safetensors.torch import load_file
 
+from fastm3ae.data.images import normalize
 from fastm3ae.kernels import masked_pixel_loss
-from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss_backward_reference, masked_pixel_loss_reference
+from fastm3ae.kernels.masked_pixel_loss import (
+    launch_masked_pixel_loss_cpu,
+    launch_masked_pixel_loss_cuda,
+    masked_pixel_loss_backward_reference,
+    masked_pixel_loss_reference,
+)
 
 GOLDEN = Path(__file__).parent / "data" / "masked_pixel_loss_golden.safetensors"
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty"),
@@ -18,52 +23,7 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Case:
-    batch_size: int
-    height_px: int
-    width_px: int
-    patch_size_px: int
-    normalize_target: bool = True
-
-    def inputs(self, dtype=torch.float32, device="cpu", hidden_frac=0.75):
-        """pred, image and is_hidden; an image of patches with unlike means and contrasts, as radiographs have."""
-        torch.manual_seed(0)
-        B, p = self.batch_size, self.patch_size_px
-        rows, columns = self.height_px // p, self.width_px // p
-        image_dtype = torch.promote_types(dtype, torch.float32)
-        image = torch.randn(B, 3, rows, p, columns, p, dtype=image_dtype)
-        image = image * torch.rand(B, 3, rows, 1, columns, 1) + torch.randn(B, 3, rows, 1, columns, 1)
-        pred = torch.randn(B, rows * columns, p * p * 3, dtype=image_dtype).to(dtype)
-        is_hidden = torch.rand(B, rows * columns) < hidden_frac
-        image = image.reshape(B, 3, self.height_px, self.width_px)
-        return pred.to(device), image.to(device), is_hidden.to(device)
-
-    @property
-    def options(self):
-        return {"patch_size_px": self.patch_size_px, "normalize_target": self.normalize_target}
-
-
-CASES = {
-    "one_patch_of_one_pixel": Case(1, 1, 1, 1),
-    "one_patch": Case(1, 4, 4, 4),
-    "odd": Case(3, 9, 15, 3),
-    "prime": Case(7, 55, 33, 11),
-    "wide": Case(2, 16, 96, 8),
-    "no_samples": Case(0, 8, 8, 4),
-    "patch_32": Case(2, 96, 96, 32),
-    "official": Case(4, 288, 288, 16),
-    "official_raw_pixels": Case(4, 288, 288, 16, normalize_target=False),
-}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ODD = CASES["odd"]
-
-
-def loss_and_grad(loss_function, pred, *inputs, **options):
-    pred = pred.detach().requires_grad_()
-    loss = loss_function(pred, *inputs, **options)
-    (grad,) = torch.autograd.grad(loss, pred)
-    return loss.detach(), grad
 
 
 @each_case
@@ -121,16 +81,132 @@ def test_official_numbers(device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(dtype, needs_grad):
     pred, image, is_hidden = ODD.inputs(dtype)
-    arguments = (pred, image, is_hidden, 3, True, needs_grad)
-    torch.library.opcheck(torch.ops.fastm3ae.masked_pixel_loss.default, arguments)
+    index = is_hidden.int().argsort(dim=1, descending=True)[:, :5]
+    levels, statistics = ODD.levels()
+    op = torch.ops.fastm3ae.masked_pixel_loss.default
+    torch.library.opcheck(op, (pred, image, is_hidden, 3, True, None, None, needs_grad))
+    torch.library.opcheck(op, (pred[:, :5].contiguous(), image, index, 3, True, None, None, needs_grad))
+    if dtype != torch.float64:
+        torch.library.opcheck(op, (pred, levels, is_hidden, 3, True, *statistics.values(), needs_grad))
 
 
-def test_compiles_into_one_graph():
-    inputs = ODD.inputs()
+def assert_same_bits(got, want):
+    for x, expected in zip(got, want, strict=True):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_into_one_graph(device):
+    pred, image, is_hidden = ODD.inputs(device=device)
+    levels, statistics = ODD.levels(device)
     compiled = torch.compile(masked_pixel_loss, fullgraph=True)
-    ours = loss_and_grad(masked_pixel_loss, *inputs, **ODD.options)
-    for got, want in zip(loss_and_grad(compiled, *inputs, **ODD.options), ours, strict=True):
-        assert torch.equal(got, want)
+    for image_, options in ((image, ODD.options), (levels, ODD.options | statistics)):
+        want = loss_and_grad(masked_pixel_loss, pred, image_, is_hidden, **options)
+        assert_same_bits(loss_and_grad(compiled, pred, image_, is_hidden, **options), want)
+
+
+# The exact division by products is the same code on every device; here it meets each level with numbers of all sizes.
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("device", DEVICES)
+def test_levels_are_normalised_to_the_bits_of_normalize(device, seed):
+    torch.manual_seed(seed)
+    mean, std = (MEAN, STD) if seed == 0 else (torch.rand(3, 1, 1), 2 * torch.rand(3, 1, 1) + 1e-3)
+    levels = torch.stack([torch.randperm(256) for _ in range(3)]).to(torch.uint8).view(1, 3, 16, 16)
+    target = normalize(levels, mean, std).permute(0, 2, 3, 1).reshape(1, 1, 768)
+    launch = {"cpu": launch_masked_pixel_loss_cpu, "cuda": launch_masked_pixel_loss_cuda}[device]
+    tensors = (torch.zeros(1, 1, 768), levels, torch.ones(1, 1, dtype=torch.bool), mean, std)
+    pred, levels, is_hidden, mean, std = (tensor.to(device) for tensor in tensors)
+    _, difference, _ = launch(pred, levels, is_hidden, 16, False, mean, std, True)
+    assert torch.equal(-difference.cpu(), target)
+
+
+@each_case
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_levels_give_the_bits_of_the_normalised_image(case, dtype, device):
+    pred, _, is_hidden = case.inputs(dtype, device)
+    levels, statistics = case.levels(device)
+    image = normalize(levels.cpu(), MEAN, STD).to(device)
+    want = loss_and_grad(masked_pixel_loss, pred, image, is_hidden, **case.options)
+    assert_same_bits(loss_and_grad(masked_pixel_loss, pred, levels, is_hidden, **case.options, **statistics), want)
+    reference = masked_pixel_loss_reference(pred, levels, is_hidden, **case.options, **statistics)
+    torch.testing.assert_close(want[0], reference)
+
+
+@each_case
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_predictions_of_the_hidden_patches_alone(case, dtype, device):
+    pred, image, is_hidden = case.inputs(dtype, device)
+    num_patches = is_hidden.shape[1]
+    index = torch.rand(is_hidden.shape, device=device).argsort(dim=1)[:, : -(-num_patches * 3 // 4)]
+    is_hidden = torch.zeros_like(is_hidden).scatter(1, index, True)
+    at = index[..., None].expand(-1, -1, pred.shape[-1])
+    loss, grad = loss_and_grad(masked_pixel_loss, pred, image, is_hidden, **case.options)
+    few = loss_and_grad(masked_pixel_loss, pred.gather(1, at), image, index, **case.options)
+    torch.testing.assert_close(few[0], loss, rtol=1e-6, atol=0)  # its sum is in another order
+    assert torch.equal(few[1], grad.gather(1, at))
+    reference = masked_pixel_loss_reference(pred.gather(1, at), image, index, **case.options)
+    torch.testing.assert_close(few[0], reference)
+    reference = masked_pixel_loss_backward_reference(pred.gather(1, at), image, index, **case.options)
+    torch.testing.assert_close(few[1], reference.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [ODD, CASES["official"], CASES["patch_32"]])
+def test_same_bits_again_on_another_stream_and_in_a_graph(case):
+    pred, image, is_hidden = case.inputs(torch.bfloat16, "cuda")
+    want = loss_and_grad(masked_pixel_loss, pred, image, is_hidden, **case.options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(10):
+            again = loss_and_grad(masked_pixel_loss, pred, image, is_hidden, **case.options)
+    torch.cuda.synchronize()
+    assert_same_bits(again, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_grad(masked_pixel_loss, pred, image, is_hidden, **case.options)
+    graph.replay()
+    assert_same_bits(captured, want)
+
+
+@pytest.mark.gpu
+def test_tensors_that_begin_at_odd_places():
+    case = CASES["official"]
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    want = loss_and_grad(masked_pixel_loss, *inputs, **case.options)
+    moved = [torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x) for x in inputs]
+    loss, grad = loss_and_grad(masked_pixel_loss, *moved, **case.options)
+    torch.testing.assert_close(loss, want[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, want[1], rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch_size_px", [16, 48])
+def test_more_than_two_to_the_31_elements(patch_size_px):
+    batch_size = 2**31 // (3 * 288 * 288) + 2
+    num_patches, num_values = (288 // patch_size_px) ** 2, patch_size_px**2 * 3
+    case = Case(1, 288, 288, patch_size_px)
+    last_pred, _, last_is_hidden = case.inputs(torch.bfloat16, "cuda")
+    last_levels, statistics = case.levels("cuda")
+    pred = torch.zeros(batch_size, num_patches, num_values, dtype=torch.bfloat16, device="cuda")
+    levels = torch.zeros(batch_size, 3, 288, 288, dtype=torch.uint8, device="cuda")
+    is_hidden = torch.zeros(batch_size, num_patches, dtype=torch.bool, device="cuda")
+    pred[-1:], levels[-1:], is_hidden[-1:] = last_pred, last_levels, last_is_hidden
+    want = loss_and_grad(masked_pixel_loss, last_pred, last_levels, last_is_hidden, **case.options, **statistics)
+    loss, grad = loss_and_grad(masked_pixel_loss, pred, levels, is_hidden, **case.options, **statistics)
+    torch.testing.assert_close(loss, want[0], rtol=1e-6, atol=0)
+    assert torch.equal(grad[-1:], want[1]) and not grad[:-1].any()
+
+
+@pytest.mark.gpu
+def test_our_kernel_runs():
+    inputs = CASES["official"].inputs(torch.bfloat16, "cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        masked_pixel_loss(*inputs, **CASES["official"].options)
+        torch.cuda.synchronize()
+    assert any("masked_pixel_loss_kernel" in event.key for event in profile.key_averages())
 
 
 def test_non_contiguous_inputs():
@@ -231,26 +307,3 @@ def test_backward_twice_through_a_kept_graph():
     (once,) = torch.autograd.grad(loss, pred, retain_graph=True)
     (twice,) = torch.autograd.grad(2 * loss, pred)
     assert torch.equal(2 * once, twice)
-
-
-PRED, IMAGE, IS_HIDDEN = ODD.inputs()
-MISTAKES = {
-    "image_without_batch": (PRED, IMAGE[0], IS_HIDDEN, 3, r"image must be \(B, 3, H, W\) .* got \(3, 9, 15\) float32"),
-    "grey_image": (PRED, IMAGE[:, :1], IS_HIDDEN, 3, r"image must be .* got \(3, 1, 9, 15\) float32"),
-    "uint8_image": (PRED, IMAGE.byte(), IS_HIDDEN, 3, r"image must be .* float32 or float64, got .* uint8"),
-    "patch_does_not_divide": (PRED, IMAGE, IS_HIDDEN, 4, "patch_size_px must divide the image's 9 x 15 pixels, got 4"),
-    "patch_of_no_pixels": (PRED, IMAGE, IS_HIDDEN, 0, "patch_size_px must divide .* got 0"),
-    "other_patch_size": (PRED, IMAGE[:, :, :, :9], IS_HIDDEN, 3, r"pred must be \(B, N, P\) = \(3, 9, 27\) .* got"),
-    "mixed_precision": (PRED, IMAGE.double(), IS_HIDDEN, 3, "pred must be .* float64 for this image, got .* float32"),
-    "integer_pred": (PRED.int(), IMAGE, IS_HIDDEN, 3, "pred must be .* float32 or float16 or bfloat16 .* int32"),
-    "float_mask": (PRED, IMAGE, IS_HIDDEN.float(), 3, r"is_hidden must be \(B, N\) = \(3, 15\) bool, got .* float32"),
-    "mask_of_other_shape": (PRED, IMAGE, IS_HIDDEN[:1], 3, r"is_hidden must be .* got \(1, 15\) bool"),
-    "other_device": (PRED.to("meta"), IMAGE, IS_HIDDEN, 3, "must be on one device, got meta, cpu and cpu"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_named(mistake):
-    pred, image, is_hidden, patch_size_px, message = mistake
-    with pytest.raises(ValueError, match=message):
-        masked_pixel_loss(pred, image, is_hidden, patch_size_px=patch_size_px, normalize_target=True)
