@@ -218,12 +218,24 @@ def convert(arguments: Sequence[str]) -> None:
     print(f"wrote {chosen.target}")
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what is installed, which code serves each op, and what is missing."""
+    argparse.ArgumentParser(prog="fastm3ae doctor", description=doctor.__doc__).parse_args(arguments)
+
+    from fastm3ae.doctor import diagnose
+
+    diagnosis = diagnose()
+    print(diagnosis.render())
+    return 1 if diagnosis.broken else 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "pretrain": pretrain,
     "with": official,
     "prepare": prepare,
     "inspect": inspect,
     "convert": convert,
+    "doctor": doctor,
 }
 
 
@@ -244,6 +256,8 @@ def _choose(program: str, arguments: Sequence[str], choices: dict[str, str | Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit status: 0, 2 after a user's mistake, 128 + N after signal N.
+
+    `doctor` returns 1 where it finds something broken.
 
     Args:
         arguments: The command line without the program's name; None: that of this process.

@@ -7,7 +7,7 @@ That folder has no ``__init__.py``, because a top-level package of this name wou
 from pathlib import Path
 
 try:
-    from fastm3ae import _C  # noqa: F401
+    from fastm3ae import _C
 except ImportError as error:
     raise ImportError(
         f"fastm3ae's C++ kernels are not built in {Path(__file__).parent}: run `pip install .` in the repository and "
@@ -22,3 +22,8 @@ from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 
 __all__ = ["masked_pixel_loss", "random_patch_order", "random_patch_order_from_seed", "resize_crop"]
+
+CUDA_ARCHITECTURES: tuple[str, ...] = _C.cuda_architectures
+"""What the CUDA kernels were compiled for, such as sm_80 or compute_90; empty where they were not."""
+CUDA_VERSION: str | None = _C.cuda_version
+"""The version of the nvcc that compiled them."""

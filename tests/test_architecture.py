@@ -18,7 +18,7 @@ LAYERS = (
     {"data"},
     {"model"},
     {"objectives"},
-    {"convert", "visualize"},
+    {"convert", "doctor", "visualize"},
     {"pretrained"},
     {"tasks"},
     {"training"},
