@@ -14,11 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastm3ae.kernels import gather_image_patches_triton as image_patches
+from fastm3ae.kernels import gather_patches_triton as patches
 from fastm3ae.kernels import random_patch_order_triton as order
 
 ARCHITECTURES = (80, 90)
-# By how much Triton specialises a launch whose pointers and sizes are multiples of 16, as the official shapes are.
-DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
 class Row(NamedTuple):
@@ -38,11 +38,37 @@ def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]
     yield "random_patch_order", kernel, types, {**blocks, "FROM_SEED": False, "seed_ptr": None}
     yield "random_patch_order_from_seed", kernel, types, {**blocks, "FROM_SEED": True, "noise_ptr": None}
 
+    sizes = {name: "i32" for name in ("B", "N", "K", "D", "H", "W", "samples_per_split")}
+    rows_and_columns = {"BLOCK_L": patches._BLOCK_L, "BLOCK_D": patches._BLOCK_D}
+    for dtype in ("fp32", "bf16"):
+        floats = ("x_ptr", "positions_ptr", "cls_ptr", "tokens_ptr", "grad_ptr", "grad_x_ptr", "update_ptr")
+        types = {**sizes, **dict.fromkeys(floats, f"*{dtype}"), "keep_ptr": "*i64", "partial_ptr": "*fp32"}
+        yield f"gather_patches {dtype}", patches._gather_patches_fwd_kernel, types, rows_and_columns
+        yield f"scatter_patches {dtype}", patches._scatter_patches_kernel, types, rows_and_columns
+        for needs_positions in (True, False):
+            constants = {
+                "BLOCK_L": patches._BLOCK_L_BACKWARD,
+                "BLOCK_D": patches._BLOCK_D,
+                "BLOCK_K": patches._BLOCK_K,
+                "NEEDS_POSITIONS": needs_positions,
+            }
+            name = f"gather_patches_backward {dtype}" + " of x alone" * (not needs_positions)
+            yield name, patches._gather_patches_bwd_kernel, types, constants
+
+    kernel = image_patches._gather_image_patches_fwd_kernel
+    for image, statistics in (("u8", {}), ("fp32", {"mean_ptr": None, "std_ptr": None})):
+        types = {**sizes, "image_ptr": f"*{image}", "keep_ptr": "*i64", "pixels_ptr": "*bf16"}
+        types |= {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
+        blocks = {"PATCH_SIZE": 16, "BLOCK_P": image_patches._BLOCK_P, "IS_UINT8": image == "u8"}
+        yield f"gather_image_patches {image}", kernel, types, {**blocks, **statistics}
+
 
 def compile_for(arch: int, kernel, types: dict[str, str], constants: dict[str, object]):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): DIVISIBLE_BY_16 for i, name in enumerate(names) if signature[name].startswith("*")}
+    # Pointers and the official widths are multiples of 16, for which Triton specialises a launch.
+    is_aligned = {name: kind.startswith("*") or name in ("D", "H", "W") for name, kind in signature.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if is_aligned[name]}
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32))
 
 

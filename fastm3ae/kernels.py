@@ -17,11 +17,23 @@ except ImportError as error:
 _installed, _checkout = Path(__file__).parent / "kernels", Path(__file__).parents[1] / "kernels"
 __path__ = [str(_installed if _installed.is_dir() else _checkout)]
 
+from fastm3ae.kernels.gather_image_patches import gather_image_patches  # noqa: E402
+from fastm3ae.kernels.gather_patches import gather_patches, scatter_patches_  # noqa: E402
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
+from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 
-__all__ = ["masked_pixel_loss", "random_patch_order", "random_patch_order_from_seed", "resize_crop"]
+__all__ = [
+    "gather_image_patches",
+    "gather_patches",
+    "masked_pixel_loss",
+    "masked_token_loss",
+    "random_patch_order",
+    "random_patch_order_from_seed",
+    "resize_crop",
+    "scatter_patches_",
+]
 
 CUDA_ARCHITECTURES: tuple[str, ...] = _C.cuda_architectures
 """What the CUDA kernels were compiled for, such as sm_80 or compute_90; empty where they were not."""

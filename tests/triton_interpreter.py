@@ -4,15 +4,37 @@ TRITON_INTERPRET=1 holds for a whole process, so test_triton_interpreter.py runs
 """
 
 import pytest
+import test_gather_image_patches as image_patches
+import test_gather_patches as patches
 import test_random_patch_order as order
 import torch
 
-from fastm3ae.kernels import random_patch_order_triton
+from fastm3ae.kernels import gather_image_patches_triton, gather_patches_triton, random_patch_order_triton
+from fastm3ae.kernels.gather_image_patches import gather_image_patches_reference
+from fastm3ae.kernels.gather_patches import (
+    gather_patches_backward_reference,
+    gather_patches_reference,
+    scatter_patches_reference_,
+)
 from fastm3ae.kernels.random_patch_order import random_patch_order_from_seed_reference, random_patch_order_reference
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+
+# The interpreter rounds bfloat16 towards zero.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "autocast": (torch.float16, torch.float32),
+    "float64": (torch.float64, torch.float64),
+}
+each_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 
 
 def cases(table):
-    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+    """The cases of an op's own tests but the official one, over which the interpreter takes a minute."""
+    small = {name: case for name, case in table.items() if name != "official"}
+    return pytest.mark.parametrize("case", small.values(), ids=small.keys())
 
 
 @cases(order.CASES)
@@ -29,3 +51,43 @@ def test_random_patch_order_from_seed(case):
     for seed in map(torch.tensor, order.SEEDS):
         got = random_patch_order_triton.launch_random_patch_order_from_seed(seed, *sizes)
         order.assert_all_equal(got, random_patch_order_from_seed_reference(seed, *sizes))
+
+
+@cases(patches.CASES)
+@each_dtype
+def test_gather_patches(case, dtypes):
+    inputs = case.inputs(*dtypes)
+    assert torch.equal(gather_patches_triton.launch_gather_patches(*inputs), gather_patches_reference(*inputs))
+
+
+@cases(patches.CASES)
+@each_dtype
+def test_gather_patches_backward(case, dtypes):
+    keep, grad = case.inputs()[1], case.grad(torch.promote_types(*dtypes))
+    for needs_positions in (True, False):
+        arguments = (keep, case.num_patches, dtypes[0], needs_positions)
+        grad_x, grad_positions = gather_patches_triton.launch_gather_patches_backward(grad, *arguments)
+        want_x, eager = gather_patches_backward_reference(grad, *arguments)
+        _, exact = gather_patches_backward_reference(grad.double(), *arguments)
+        assert grad_x.dtype == dtypes[0] and torch.equal(grad_x, want_x)
+        patches.assert_at_most_twice_the_error([grad_positions], [eager], [exact])
+
+
+@cases(patches.CASES)
+@each_dtype
+def test_scatter_patches(case, dtypes):
+    x, keep, _, _ = case.inputs(dtypes[0])
+    want, update = x.clone(), case.grad(dtypes[0])
+    scatter_patches_reference_(want, update, keep)
+    gather_patches_triton.launch_scatter_patches_(x, update, keep)
+    assert torch.equal(x, want)
+
+
+@cases(image_patches.CASES)
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gather_image_patches(case, image_dtype, dtype):
+    image, keep, mean, std = case.inputs(image_dtype)
+    arguments = (image, keep, case.patch_size_px, mean, std, dtype)
+    got = gather_image_patches_triton.launch_gather_image_patches(*arguments)
+    assert torch.equal(got, gather_image_patches_reference(*arguments))
