@@ -5,6 +5,7 @@
 
 #include "dtype.h"
 #include "masked_pixel_loss.h"
+#include "masked_token_loss.h"
 #include "resize_crop.h"
 
 namespace py = pybind11;
@@ -61,6 +62,30 @@ void masked_pixel_loss_cuda(const fastm3ae::PixelLossShape& shape, const std::st
 }
 #endif
 
+template <typename T>
+void masked_token_loss_cpu(uintptr_t logits, uintptr_t labels, int64_t num_tokens, int64_t vocab_size, bool needs_grad,
+                           int num_threads, uintptr_t loss, uintptr_t is_correct) {
+  fastm3ae::masked_token_loss_cpu(pointer<T>(logits), pointer<const int64_t>(labels), num_tokens, vocab_size,
+                                  needs_grad, num_threads, pointer<T>(loss), pointer<bool>(is_correct));
+}
+
+template <typename Function>
+void define_masked_token_loss_cpu(py::module_& m, const char* name, Function function) {
+  m.def(name, function, py::kw_only(), py::arg("logits"), py::arg("labels"), py::arg("num_tokens"),
+        py::arg("vocab_size"), py::arg("needs_grad"), py::arg("num_threads"), py::arg("loss"), py::arg("is_correct"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+#ifdef FASTM3AE_CUDA_ARCHITECTURES
+void masked_token_loss_cuda(const std::string& logits_dtype, uintptr_t logits, uintptr_t labels, int64_t num_tokens,
+                            int64_t vocab_size, int64_t num_columns, bool needs_grad, int device, uintptr_t stream,
+                            uintptr_t loss, uintptr_t is_correct) {
+  fastm3ae::masked_token_loss_cuda(dtype(logits_dtype), pointer<void>(logits), pointer<const int64_t>(labels),
+                                   num_tokens, vocab_size, num_columns, needs_grad, device, pointer<void>(stream),
+                                   pointer<float>(loss), pointer<bool>(is_correct));
+}
+#endif
+
 void resize_crop_cpu(uintptr_t image, int64_t height, int64_t width, int64_t channels, int64_t new_height,
                      int64_t new_width, int64_t top, int64_t left, int64_t size, uintptr_t square) {
   fastm3ae::resize_crop_cpu(pointer<const uint8_t>(image), height, width, channels, new_height, new_width, top, left,
@@ -79,6 +104,8 @@ PYBIND11_MODULE(_C, m) {
   define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_uint8", masked_pixel_loss_cpu<float, uint8_t>);
   define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_float32", masked_pixel_loss_cpu<float, float>);
   define_masked_pixel_loss_cpu(m, "masked_pixel_loss_cpu_float64", masked_pixel_loss_cpu<double, double>);
+  define_masked_token_loss_cpu(m, "masked_token_loss_cpu_float32", masked_token_loss_cpu<float>);
+  define_masked_token_loss_cpu(m, "masked_token_loss_cpu_float64", masked_token_loss_cpu<double>);
   m.def("resize_crop_cpu", resize_crop_cpu, py::kw_only(), py::arg("image"), py::arg("height"), py::arg("width"),
         py::arg("channels"), py::arg("new_height"), py::arg("new_width"), py::arg("top"), py::arg("left"),
         py::arg("size"), py::arg("square"), py::call_guard<py::gil_scoped_release>());
@@ -91,6 +118,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_pixel_loss_cuda", masked_pixel_loss_cuda, py::arg("shape"), py::kw_only(), py::arg("pred_dtype"),
         py::arg("image_dtype"), py::arg("pred"), py::arg("image"), py::arg("mean"), py::arg("std"), py::arg("device"),
         py::arg("stream"), py::arg("partial"), py::arg("loss"), py::arg("difference"), py::arg("grad_scale"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("masked_token_loss_cuda", masked_token_loss_cuda, py::kw_only(), py::arg("logits_dtype"), py::arg("logits"),
+        py::arg("labels"), py::arg("num_tokens"), py::arg("vocab_size"), py::arg("num_columns"), py::arg("needs_grad"),
+        py::arg("device"), py::arg("stream"), py::arg("loss"), py::arg("is_correct"),
         py::call_guard<py::gil_scoped_release>());
 #else
   m.attr("cuda_architectures") = py::tuple();
