@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from fastm3ae.kernels import gather_image_patches_triton as image_patches
 from fastm3ae.kernels import gather_patches_triton as patches
 from fastm3ae.kernels import random_patch_order_triton as order
+from fastm3ae.kernels import restore_patches_triton as restored
 
 ARCHITECTURES = (80, 90)
 
@@ -38,11 +39,26 @@ def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]
     yield "random_patch_order", kernel, types, {**blocks, "FROM_SEED": False, "seed_ptr": None}
     yield "random_patch_order_from_seed", kernel, types, {**blocks, "FROM_SEED": True, "noise_ptr": None}
 
-    sizes = {name: "i32" for name in ("B", "N", "K", "D", "H", "W", "samples_per_split")}
+    sizes = {name: "i32" for name in ("B", "N", "K", "D", "H", "W", "samples_per_split", "places_per_split")}
     rows_and_columns = {"BLOCK_L": patches._BLOCK_L, "BLOCK_D": patches._BLOCK_D}
     for dtype in ("fp32", "bf16"):
-        floats = ("x_ptr", "positions_ptr", "cls_ptr", "tokens_ptr", "grad_ptr", "grad_x_ptr", "update_ptr")
-        types = {**sizes, **dict.fromkeys(floats, f"*{dtype}"), "keep_ptr": "*i64", "partial_ptr": "*fp32"}
+        floats = (
+            "x_ptr",
+            "positions_ptr",
+            "cls_ptr",
+            "tokens_ptr",
+            "grad_ptr",
+            "grad_x_ptr",
+            "update_ptr",
+            "mask_token_ptr",
+        )
+        types = {
+            **sizes,
+            **dict.fromkeys(floats, f"*{dtype}"),
+            "keep_ptr": "*i64",
+            "partial_ptr": "*fp32",
+            "restore_ptr": "*i64",
+        }
         yield f"gather_patches {dtype}", patches._gather_patches_fwd_kernel, types, rows_and_columns
         yield f"scatter_patches {dtype}", patches._scatter_patches_kernel, types, rows_and_columns
         for needs_positions in (True, False):
@@ -54,6 +70,9 @@ def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]
             }
             name = f"gather_patches_backward {dtype}" + " of x alone" * (not needs_positions)
             yield name, patches._gather_patches_bwd_kernel, types, constants
+        blocks = {"BLOCK_L": restored._BLOCK_L, "BLOCK_D": restored._BLOCK_D}
+        yield f"restore_patches {dtype}", restored._restore_patches_fwd_kernel, types, blocks
+        yield f"restore_patches_backward {dtype}", restored._restore_patches_bwd_kernel, types, blocks
 
     kernel = image_patches._gather_image_patches_fwd_kernel
     for image, statistics in (("u8", {}), ("fp32", {"mean_ptr": None, "std_ptr": None})):

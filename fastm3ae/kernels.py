@@ -23,6 +23,7 @@ from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
+from fastm3ae.kernels.restore_patches import restore_patches  # noqa: E402
 
 __all__ = [
     "gather_image_patches",
@@ -32,6 +33,7 @@ __all__ = [
     "random_patch_order",
     "random_patch_order_from_seed",
     "resize_crop",
+    "restore_patches",
     "scatter_patches_",
 ]
 

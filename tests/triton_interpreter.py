@@ -7,9 +7,15 @@ import pytest
 import test_gather_image_patches as image_patches
 import test_gather_patches as patches
 import test_random_patch_order as order
+import test_restore_patches as restored
 import torch
 
-from fastm3ae.kernels import gather_image_patches_triton, gather_patches_triton, random_patch_order_triton
+from fastm3ae.kernels import (
+    gather_image_patches_triton,
+    gather_patches_triton,
+    random_patch_order_triton,
+    restore_patches_triton,
+)
 from fastm3ae.kernels.gather_image_patches import gather_image_patches_reference
 from fastm3ae.kernels.gather_patches import (
     gather_patches_backward_reference,
@@ -17,6 +23,7 @@ from fastm3ae.kernels.gather_patches import (
     scatter_patches_reference_,
 )
 from fastm3ae.kernels.random_patch_order import random_patch_order_from_seed_reference, random_patch_order_reference
+from fastm3ae.kernels.restore_patches import restore_patches_backward_reference, restore_patches_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -35,6 +42,14 @@ def cases(table):
     """The cases of an op's own tests but the official one, over which the interpreter takes a minute."""
     small = {name: case for name, case in table.items() if name != "official"}
     return pytest.mark.parametrize("case", small.values(), ids=small.keys())
+
+
+def assert_sums_agree(got, eager, exact):
+    """Holds a sum's error to eager's, or in float64, where eager is what counts as exact, to the sum's own rounding."""
+    if got.dtype == torch.float64:
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    else:
+        patches.assert_at_most_twice_the_error([got], [eager], [exact])
 
 
 @cases(order.CASES)
@@ -70,7 +85,7 @@ def test_gather_patches_backward(case, dtypes):
         want_x, eager = gather_patches_backward_reference(grad, *arguments)
         _, exact = gather_patches_backward_reference(grad.double(), *arguments)
         assert grad_x.dtype == dtypes[0] and torch.equal(grad_x, want_x)
-        patches.assert_at_most_twice_the_error([grad_positions], [eager], [exact])
+        assert_sums_agree(grad_positions, eager, exact)
 
 
 @cases(patches.CASES)
@@ -91,3 +106,21 @@ def test_gather_image_patches(case, image_dtype, dtype):
     arguments = (image, keep, case.patch_size_px, mean, std, dtype)
     got = gather_image_patches_triton.launch_gather_image_patches(*arguments)
     assert torch.equal(got, gather_image_patches_reference(*arguments))
+
+
+@cases(restored.CASES)
+@each_dtype
+def test_restore_patches(case, dtypes):
+    inputs = case.inputs(*dtypes)
+    assert torch.equal(restore_patches_triton.launch_restore_patches(*inputs), restore_patches_reference(*inputs))
+
+
+@cases(restored.CASES)
+@each_dtype
+def test_restore_patches_backward(case, dtypes):
+    restore, grad = case.inputs()[1], case.grad(dtypes[0])
+    got_x, got = restore_patches_triton.launch_restore_patches_backward(grad, restore, case.num_kept)
+    want_x, eager = restore_patches_backward_reference(grad, restore, case.num_kept)
+    _, exact = restore_patches_backward_reference(grad.double(), restore, case.num_kept)
+    assert torch.equal(got_x, want_x)
+    assert_sums_agree(got, eager, exact)
