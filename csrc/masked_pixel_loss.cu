@@ -262,7 +262,7 @@ void launch(const PixelLossShape& shape, const void* pred, const void* image, co
                                                            static_cast<T*>(partial), static_cast<Pred*>(difference)});
     check(cudaGetLastError(), "masked_pixel_loss_kernel");
   }
-  masked_pixel_loss_finish_kernel<<<1, kFinishThreads, 0, stream>>>(static_cast<const T*>(partial), num_blocks,
+  masked_pixel_loss_finish_kernel<T><<<1, kFinishThreads, 0, stream>>>(static_cast<const T*>(partial), num_blocks,
                                                                     shape.num_values(), static_cast<T*>(loss),
                                                                     static_cast<T*>(grad_scale));
   check(cudaGetLastError(), "masked_pixel_loss_finish_kernel");
