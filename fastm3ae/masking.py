@@ -9,14 +9,14 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from fastm3ae.kernels import random_patch_order
 
 __all__ = [
     "corrupt",
     "draw_corruption",
     "num_kept_patches",
-    "patch_order",
     "select_tokens",
     "select_words",
     "select_words_official",
@@ -40,28 +40,11 @@ def num_kept_patches(num_patches: int, patch_frac: float) -> int:
     return int(num_patches * (1 - patch_frac))
 
 
-def patch_order(noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the permutation that sorts each row of noise, and its inverse; equal noise keeps the patches' order.
-
-    Args:
-        noise_BN: (B, N) float, one number per patch.
-
-    Returns:
-        shuffle_BN and restore_BN, (B, N) int64: ``shuffle_BN[b, r]`` is the patch of rank r, ``restore_BN[b, n]`` the
-        rank of patch n.
-
-    Source: ``random_masking`` in the original's modules/m3ae_module.py.
-    Deviation: The sort is stable; the original's is not, so that ties fall as they may.
-    """
-    shuffle_BN = torch.argsort(noise_BN, dim=1, stable=True)
-    return shuffle_BN, torch.argsort(shuffle_BN, dim=1)
-
-
 def split_patches(noise_BN: Tensor, patch_frac: float) -> tuple[Tensor, Tensor, Tensor]:
     """Keeps the K = int(N (1 - p)) patches of each image that have the smallest noise.
 
     Args:
-        noise_BN: (B, N) float, one number per patch.
+        noise_BN: (B, N) float32 or float64, one number per patch; of equal ones the lower patch counts as smaller.
         patch_frac: p, the fraction of the patches that is hidden.
 
     Returns:
@@ -69,9 +52,7 @@ def split_patches(noise_BN: Tensor, patch_frac: float) -> tuple[Tensor, Tensor, 
         restore_BN: (B, N) int64, the rank of each patch; ranks from K on are hidden.
         is_hidden_BN: (B, N) bool.
     """
-    num_kept = num_kept_patches(noise_BN.shape[1], patch_frac)
-    shuffle_BN, restore_BN = patch_order(noise_BN)
-    return shuffle_BN[:, :num_kept], restore_BN, restore_BN >= num_kept
+    return random_patch_order(noise_BN, num_kept_patches(noise_BN.shape[1], patch_frac))
 
 
 def select_words(word_ids: Sequence[int | None], token_frac: float, rng: np.random.Generator) -> np.ndarray:

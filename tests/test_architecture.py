@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {"config"},
-    {"configfile", "kernels", "masking", "presets"},
-    {"official"},
+    {"configfile", "kernels", "presets"},
+    {"masking", "official"},
     {"data"},
     {"model"},
     {"objectives"},

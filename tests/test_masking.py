@@ -16,7 +16,6 @@ from fastm3ae.masking import (
     corrupt,
     draw_corruption,
     num_kept_patches,
-    patch_order,
     select_tokens,
     select_words,
     select_words_official,
@@ -40,19 +39,6 @@ def test_patches_with_the_smallest_noise_are_kept():
     assert keep_BK.tolist() == [[1, 3], [3, 0]]
     assert restore_BN.tolist() == [[2, 0, 3, 1], [1, 2, 3, 0]]
     assert is_hidden_BN.tolist() == [[True, False, True, False], [False, True, True, False]]
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (2, 324)], ids=str)
-def test_patch_order_is_a_permutation_and_its_inverse(shape):
-    shuffle_BN, restore_BN = patch_order(torch.rand(shape))
-    rank_BN = torch.arange(shape[1]).expand(shape)
-    assert torch.equal(shuffle_BN.gather(1, restore_BN), rank_BN)
-    assert torch.equal(restore_BN.gather(1, shuffle_BN), rank_BN)
-
-
-def test_ties_keep_the_order_of_the_patches():
-    shuffle_BN, _ = patch_order((torch.arange(2000) % 3).float()[None])
-    assert torch.equal(shuffle_BN[0], torch.cat([torch.arange(first, 2000, 3) for first in range(3)]))
 
 
 def word_ids(*lengths):

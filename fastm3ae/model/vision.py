@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastm3ae.config import VisionConfig
+from fastm3ae.kernels import gather_patches
 
 __all__ = ["build_vision", "clip_blocks", "clip_front", "encode_pixels", "resize_bias_tables", "resize_positions"]
 
@@ -60,11 +61,11 @@ def clip_front(vit: VisionTransformer, image_BCHW: Tensor, keep_BK: Tensor | Non
     Returns:
         Tokens (B, 1 + K or 1 + N, D), CLS first.
     """
-    tokens_BND = vit.patch_embed(image_BCHW) + vit.pos_embed[:, 1:]
+    x_BND = vit.patch_embed(image_BCHW)
     if keep_BK is not None:
-        tokens_BND = tokens_BND.gather(1, keep_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
-    cls_B1D = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens_BND), -1, -1)
-    return vit.norm_pre(torch.cat([cls_B1D, tokens_BND], dim=1))
+        return vit.norm_pre(gather_patches(x_BND, keep_BK, vit.pos_embed[0], vit.cls_token[0, 0]))
+    cls_B1D = vit.cls_token.expand(len(x_BND), -1, -1)
+    return vit.norm_pre(torch.cat([cls_B1D, x_BND], dim=1) + vit.pos_embed)
 
 
 def clip_blocks(vit: VisionTransformer, tokens_BLD: Tensor) -> Tensor:
