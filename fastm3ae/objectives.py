@@ -16,6 +16,7 @@ from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
 from fastm3ae.kernels import masked_pixel_loss
 from fastm3ae.masking import num_kept_patches
+from fastm3ae.model.heads import MLMOutputs
 from fastm3ae.model.m3ae import MIMOutputs
 
 __all__ = [
@@ -55,14 +56,12 @@ def num_averaged(objective: str, batch: Any, config: M3AEConfig) -> int:
     return len(batch)
 
 
-def mlm(logits_MV: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
+def mlm(outputs: MLMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
     """Cross entropy at the masked tokens, averaged over them; 0 when there are none.
 
     Deviation: the original gives NaN when a batch has no masked token.
     """
-    labels_M = batch.mlm_labels_BT.flatten()[batch.masked_index_M]
-    loss = F.cross_entropy(logits_MV, labels_M, reduction="sum") / max(1, len(labels_M))
-    return Loss(loss, {"accuracy": (logits_MV.argmax(-1) == labels_M).sum()})
+    return Loss(outputs.loss, {"accuracy": outputs.num_correct})
 
 
 def mim(outputs: MIMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:

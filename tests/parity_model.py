@@ -179,7 +179,10 @@ def run(model: M3AE, objective: str, batch: ImageTextBatch) -> tuple[dict[str, T
     output = getattr(model, objective)(batch)
     loss = objectives.OBJECTIVES[objective](output, batch, model.config)
     seen = observe(model, objective, batch)
-    logits = output.pred_BNP if objective == "mim" else output
+    if objective == "mlm":
+        logits = model.mlm_logits(batch)
+    else:
+        logits = output.pred_BNP if objective == "mim" else output
     official = OFFICIAL_OBJECTIVES.get(objective, objective)
     seen[{"mlm": "mlm_logits_masked", "retrieval": "irtr_score"}.get(objective, f"{official}_logits")] = logits
     seen["loss"] = loss.mean

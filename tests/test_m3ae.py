@@ -84,9 +84,10 @@ def test_mlm_gives_the_masked_positions_in_row_major_order():
     text = model.encode_text(batch.mlm_ids_BT, batch.is_padding_BT)
     states = model.fusion(text, model.encode_image(batch.image_BCHW), batch.is_padding_BT)
     everywhere = model.mlm_head(states.text[-1])
-    assert torch.allclose(model.mlm(batch), everywhere[batch.mlm_labels_BT != -100], atol=1e-12)
-    loss = objectives.mlm(model.mlm(batch), batch, model.config).mean
+    assert torch.allclose(model.mlm_logits(batch), everywhere[batch.mlm_labels_BT != -100], atol=1e-12)
+    loss, sums = objectives.mlm(model.mlm(batch), batch, model.config)
     assert torch.allclose(loss, F.cross_entropy(everywhere.flatten(0, 1), batch.mlm_labels_BT.flatten()), atol=1e-12)
+    assert sums["accuracy"] == (everywhere.argmax(-1) == batch.mlm_labels_BT).sum()
 
 
 def test_a_batch_without_masked_tokens_costs_nothing():

@@ -4,6 +4,7 @@ Source: official files m3ae/modules/prediction_heads.py, position_embeddings.py 
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastm3ae.config import MIMConfig
+from fastm3ae.kernels import masked_token_loss, restore_patches
 
-__all__ = ["AnswerHead", "MIMDecoder", "MLMHead", "Pooler", "sincos_positions"]
+__all__ = ["AnswerHead", "MIMDecoder", "MLMHead", "MLMOutputs", "Pooler", "sincos_positions"]
 
 
 class Pooler(nn.Module):
@@ -29,6 +31,18 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(tokens_BLD[:, 0]))
 
 
+class MLMOutputs(NamedTuple):
+    """What masked language modelling gives.
+
+    Args:
+        loss: Mean cross entropy at the masked tokens, ().
+        num_correct: At how many of them the true token has the largest logit, () int64.
+    """
+
+    loss: Tensor
+    num_correct: Tensor
+
+
 class MLMHead(nn.Module):
     """Logits over the vocabulary: W_v LN(GELU(W x + b)) + b_v; W_v is not tied to the embeddings."""
 
@@ -40,7 +54,16 @@ class MLMHead(nn.Module):
 
     def forward(self, tokens_MD: Tensor) -> Tensor:
         """Returns logits (M, V) of any number of tokens (M, D)."""
-        return self.decoder(self.norm(F.gelu(self.dense(tokens_MD))))
+        return self.decoder(self.transform(tokens_MD))
+
+    def transform(self, tokens_MD: Tensor) -> Tensor:
+        """Returns what the product to the logits reads: (M, D)."""
+        return self.norm(F.gelu(self.dense(tokens_MD)))
+
+    def loss(self, tokens_MD: Tensor, labels_M: Tensor) -> MLMOutputs:
+        """Returns the cross entropy of the logits, which are never there as a whole."""
+        decoder = self.decoder
+        return MLMOutputs(*masked_token_loss(self.transform(tokens_MD), decoder.weight, decoder.bias, labels_M))
 
 
 class AnswerHead(nn.Sequential):
@@ -81,12 +104,7 @@ class MIMDecoder(nn.Module):
             visible_BLD: Features of CLS and the K visible patches, in the order in which they were kept.
             restore_BN: int64; for each patch its place in "kept patches, then hidden patches".
         """
-        x_BLD = self.embed(visible_BLD)
-        num_hidden = restore_BN.shape[1] - (x_BLD.shape[1] - 1)
-        mask_tokens = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), num_hidden, -1)
-        x_BND = torch.cat([x_BLD[:, 1:], mask_tokens], dim=1)
-        x_BND = x_BND.gather(1, restore_BN.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
-        x_BLD = torch.cat([x_BLD[:, :1], x_BND], dim=1) + self.positions.to(x_BLD.dtype)
+        x_BLD = restore_patches(self.embed(visible_BLD), restore_BN, self.mask_token[0, 0], self.positions[0])
         for block in self.blocks:
             x_BLD = block(x_BLD)
         return self.pixels(self.norm(x_BLD)[:, 1:])

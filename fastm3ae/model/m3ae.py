@@ -14,7 +14,7 @@ from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
 from fastm3ae.masking import split_patches
 from fastm3ae.model.fusion import CoAttentionFusion, FusionStates
-from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, Pooler
+from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, MLMOutputs, Pooler
 from fastm3ae.model.text import build_text, encode_tokens
 from fastm3ae.model.vision import build_vision, encode_pixels
 
@@ -120,11 +120,22 @@ class M3AE(nn.Module):
         text_BTD = self.encode_text(ids_BT, is_padding_BT)
         return self.pool(self.fusion(text_BTD, self.encode_image(image_BCHW), is_padding_BT))
 
-    def mlm(self, batch: PretrainBatch) -> Tensor:
-        """Returns the logits (M, V) of the masked tokens, from the masked text and the whole image."""
+    def mlm(self, batch: PretrainBatch) -> MLMOutputs:
+        """Predicts the masked tokens from the masked text and the whole image.
+
+        The loss is made here, within the pass, because its logits are never there as a whole.
+        """
+        labels_M = batch.mlm_labels_BT.flatten()[batch.masked_index_M]
+        return self.mlm_head.loss(self._masked_tokens(batch), labels_M)
+
+    def mlm_logits(self, batch: PretrainBatch) -> Tensor:
+        """Returns the logits (M, V) of the masked tokens, for those who want to see the predictions."""
+        return self.mlm_head(self._masked_tokens(batch))
+
+    def _masked_tokens(self, batch: PretrainBatch) -> Tensor:
         text_BTD = self.encode_text(batch.mlm_ids_BT, batch.is_padding_BT)
         states = self.fusion(text_BTD, self.encode_image(batch.image_BCHW), batch.is_padding_BT)
-        return self.mlm_head(states.text[-1].flatten(0, 1)[batch.masked_index_M])
+        return states.text[-1].flatten(0, 1)[batch.masked_index_M]
 
     def mim(self, batch: PretrainBatch) -> MIMOutputs:
         """Rebuilds the pixels from the visible patches and the unmasked text, fused up to the layer that MIM reads."""

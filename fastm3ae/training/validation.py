@@ -61,8 +61,7 @@ def validate(
             # Half a batch further on: neighbours may be texts of the same image.
             other = batch.image_BCHW.roll(len(batch) // 2, dims=0)
             with autocast():
-                logits_MV = model.mlm(dataclasses.replace(batch, image_BCHW=other))
-                shuffled = objectives.mlm(logits_MV, batch, model.config)
+                shuffled = objectives.mlm(model.mlm(dataclasses.replace(batch, image_BCHW=other)), batch, model.config)
             count = objectives.num_averaged("mlm", batch, model.config)
             add("mlm_accuracy_shuffled_image", shuffled.sums["accuracy"], count)
         if "mim" in outputs:
@@ -114,7 +113,7 @@ def draw_reconstructions(
     model.eval()
     with autocast():
         pred_BNP, is_hidden_BN = model.mim(batch)
-        predicted_M = model.mlm(batch).argmax(-1) if "mlm" in model.config.objectives else None
+        predicted_M = model.mlm_logits(batch).argmax(-1) if "mlm" in model.config.objectives else None
     model.train(was_training)
     images = reconstruct(
         pred_BNP,
