@@ -86,8 +86,11 @@ def compile_for(arch: int, kernel, types: dict[str, str], constants: dict[str, o
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     # Pointers and the official widths are multiples of 16, for which Triton specialises a launch.
-    is_aligned = {name: kind.startswith("*") or name in ("D", "H", "W") for name, kind in signature.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if is_aligned[name]}
+    is_aligned = [types[name].startswith("*") or name in ("D", "H", "W") for name in names if name not in constants]
+    places = [i for i, name in enumerate(names) if name not in constants]
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, is_multiple in zip(places, is_aligned, strict=True) if is_multiple
+    }
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32))
 
 

@@ -62,8 +62,8 @@ def _gather_patches_bwd_kernel(
     split = tl.program_id(2)
     is_row = (place <= N)[:, None] & (d < D)
     total = tl.zeros((BLOCK_L, BLOCK_D), dtype=sum_dtype)
-    for sample in range(split * samples_per_split, min(B, (split + 1) * samples_per_split)):
-        b = tl.to_tensor(sample).to(tl.int64)
+    for sample in range(0, tl.minimum(samples_per_split, B - split * samples_per_split)):
+        b = split.to(tl.int64) * samples_per_split + sample
         # Where patch place - 1 stands among the tokens, by comparing: a table would cost launches to fill.
         token = tl.zeros((BLOCK_L,), dtype=tl.int32)
         for start in range(0, K, BLOCK_K):
