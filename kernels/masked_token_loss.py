@@ -78,7 +78,10 @@ def launch_masked_token_loss_cpu(
     weight_VD, bias_V, labels_M = weight_VD.to(dtype), bias_V.to(dtype), labels_M.contiguous()
     needs = (needs_grad_tokens, needs_grad_weight, needs_grad_bias)
     loss, _, *grads = _empty_outputs(tokens_MD, weight_VD, bias_V, labels_M, *needs)
-    grad_tokens_MD, grad_weight_VD, grad_bias_V = (grad.zero_() for grad in grads)
+    grad_tokens_MD, grad_weight_VD, grad_bias_V = grads
+    grad_bias_V.zero_()
+    if M == 0:
+        grad_weight_VD.zero_()
     loss_M, is_correct_M = loss.new_empty(M), labels_M.new_empty(M, dtype=torch.bool)
     launch = _C.masked_token_loss_cpu_float64 if dtype == torch.float64 else _C.masked_token_loss_cpu_float32
 
@@ -103,7 +106,8 @@ def launch_masked_token_loss_cpu(
         if needs_grad_tokens:
             torch.mm(grad_logits, weight_VD, out=grad_tokens_MD[chunk])
         if needs_grad_weight:
-            grad_weight_VD.addmm_(grad_logits.T, tokens_MD[chunk])
+            # With beta = 0 the first chunk writes what the others add to: the weight's gradient is not worth a pass.
+            torch.addmm(grad_weight_VD, grad_logits.T, tokens_MD[chunk], beta=min(first, 1), out=grad_weight_VD)
         if needs_grad_bias:
             grad_bias_V += logits.sum(dim=0)
     return loss_M.sum() / max(1, M), is_correct_M.sum(), grad_tokens_MD, grad_weight_VD, grad_bias_V
