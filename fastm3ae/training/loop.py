@@ -132,7 +132,7 @@ class Trainer:
             if num_pairs:
                 self._follow_step(bar)
         self.wall_s = time.perf_counter() - started
-        if self.step < self.num_steps:
+        if self.validated_step != self.num_steps:
             self._stop_early()
 
     def _follow_step(self, bar: tqdm | None = None) -> None:

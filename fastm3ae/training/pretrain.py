@@ -67,8 +67,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         nonlocal run_folder
         files = [*train_loader.dataset.table.paths, *val_loader.dataset.table.paths]
         data = {"files": [{"path": str(file), "bytes": file.stat().st_size} for file in files]}
-        step = state["step"] if state else 0
-        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, step)
+        progress = (
+            {} if state is None else {"step": state["step"], "is_validated": state["validated_step"] == state["step"]}
+        )
+        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, **progress)
 
     processes.from_first(open_run_folder)
     if processes.is_first:
