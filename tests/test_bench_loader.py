@@ -32,7 +32,9 @@ def bench(monkeypatch):
     import loader
 
     monkeypatch.setattr(loader, "NUM_BATCHES", 2)
-    return loader
+    num_threads = torch.get_num_threads()
+    yield loader
+    torch.set_num_threads(num_threads)
 
 
 def test_baseline_is_the_originals_batch():
