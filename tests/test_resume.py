@@ -20,6 +20,7 @@ from fastm3ae.training import loop
 from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
 from fastm3ae.training.loop import Trainer
 from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.step import OptimizerStep
 
 # Checkpoints fall in the middle of epochs (3 batches) and of logged windows; two passes a step; dropout everywhere.
 TRAIN = {"num_steps": 11, "log_every_steps": 4, "validate_every_steps": 5, "save_every_steps": 3, "micro_batch": 5,
@@ -346,6 +347,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys)
         later.save(3, model, {"step": 3}, is_best=False)
         later.close()
         assert [step for step, _ in checkpoints(path)] == [1, 3]
+
+
+def test_a_full_device_is_one_sentence(folder, monkeypatch, capsys):
+    def fail(step, pieces, totals):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(OptimizerStep, "__call__", fail)
+    assert run(folder, output="full_device", train=TRAIN) == 2
+    error = capsys.readouterr().err
+    assert "The memory of cpu was full in step 1, with passes of 5 pairs: give a smaller --train.micro-batch" in error
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):

@@ -58,9 +58,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     else:
         notes += check_same_run(state, config, fingerprints, processes.number)
         init_model(model, checkpoint)
-    if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
-        digest = hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+    if processes.rank:  # the first one goes on with what is left of the seed after the weights
+        processes.seed(config.seed)
     run_folder = None
 
     def open_run_folder() -> None:
@@ -141,7 +140,7 @@ def _with_micro_batch(
         return dataclasses.replace(train, micro_batch=state["micro_batch"])
     most = -(-train.batch_size // processes.number)
     fits = fit_micro_batch(model, config, most, autocast_context(train, processes.device))
-    return dataclasses.replace(train, micro_batch=processes.least(fits))
+    return dataclasses.replace(train, micro_batch=min(processes.gather(fits)))
 
 
 def _loader(
