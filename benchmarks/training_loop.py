@@ -61,10 +61,18 @@ def watch(clock: Clock) -> None:
         clock.watch(owner, method)
     save, save_state, memory = clock.timed("blocked", Trainer._save), Checkpointer.save, {}
 
+    def copy():
+        memory["copy"] = clock.timed("copy", copy_to_host)(memory["state"], memory.get("copy"))
+
     def save_and_copy(trainer, is_best=False):
+        # In turn, because the second finds the state in the caches.
+        copies_first = len(clock.seconds.get("blocked", ())) % 2
+        if copies_first:
+            copy()
         save(trainer, is_best)
         trainer.checkpointer.wait()  # else writing and copying would share the cores
-        memory["copy"] = clock.timed("copy", copy_to_host)(memory["state"], memory.get("copy"))
+        if not copies_first:
+            copy()
 
     def keep_state(checkpointer, step, model, state, is_best):
         memory["state"] = {"weights": model.state_dict(), "state": state}

@@ -81,13 +81,18 @@ time.sleep(0.2 if rank == "1" else 1.5)
 open(rf"{tmp_path}/saved" + rank, "w").write(str(len(seen)))
 sys.exit(128 + {number})
 """
-    start = f"import sys; from fastm3ae.training import launch; launch.GRACE_S = 0.3; command = {program(save)!r}"
+    # The signal is ignored in programs that a shell script has started in the background; this one shall heed it.
+    heed = f"import signal, sys; signal.signal({int(number)}, signal.SIG_DFL)"
+    start = f"{heed}; from fastm3ae.training import launch; launch.GRACE_S = 0.3; command = {program(save)!r}"
     launcher = subprocess.Popen(program(f"{start}; sys.exit(launch.launch(command, 2))"))
-    while len(list(tmp_path.glob("ready*"))) < 2:
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    launcher.send_signal(number)
-    assert launcher.wait(timeout=60) == 128 + number
+    try:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=60) == 128 + number
+    finally:
+        launcher.terminate()  # with the processes that it has started, should the test have failed
     assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 

@@ -16,12 +16,24 @@ from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
+from fastm3ae.training import loop
 from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
 from fastm3ae.training.loop import Trainer
+from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.step import OptimizerStep
 
 # Checkpoints fall in the middle of epochs (3 batches) and of logged windows; two passes a step; dropout everywhere.
 TRAIN = {"num_steps": 11, "log_every_steps": 4, "validate_every_steps": 5, "save_every_steps": 3, "micro_batch": 5,
          "keep_checkpoints": 2}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def heed_signals():
+    """Even where the tests run in the background of a shell script, which has them ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Killed(BaseException):
@@ -102,23 +114,34 @@ def test_signals_save_first(folder, monkeypatch, capsys, number, batch, status):
     assert_as_uninterrupted(folder, output)
 
 
-def test_a_signal_in_validation(folder, monkeypatch):
-    """The validation is left, the step saved, and validated when the run goes on."""
-    validation_pieces = []
+@pytest.mark.parametrize(("number", "step"), [(1, 5), (3, 11)])
+def test_a_signal_in_validation(folder, monkeypatch, number, step):
+    """The validation is left, the step saved, and validated when the run goes on; it stands once in the metrics."""
+    output, validate = f"in_validation_{number}", loop.validate
+    count = [0]
 
-    def send(module, arguments):
-        if not module.training:
-            validation_pieces.append(1)
-            if len(validation_pieces) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def validate_and_stop(*arguments):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
 
-    with monkeypatch.context() as patch, torch.nn.modules.module.register_module_forward_pre_hook(send):
-        assert run(folder, output="in_validation", train=TRAIN) == 143
-        del patch
-    assert [step for step, split, *_ in losses(folder / "in_validation") if split == "val"] == []
-    assert checkpoints(folder / "in_validation" / "checkpoints")[-1][0] == 5
-    assert run(folder, "--resume", "auto", output="in_validation", train=TRAIN) == 0
-    assert_as_uninterrupted(folder, "in_validation")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", validate_and_stop)
+        assert run(folder, output=output, train=TRAIN) == 143
+    assert step not in [step for step, split, *_ in losses(folder / output) if split == "val"]
+    assert checkpoints(folder / output / "checkpoints")[-1][0] == step
+    log = RunFolder.log
+
+    def log_and_kill(run_folder, step, split, values):
+        log(run_folder, step, split, values)
+        kill()
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # after that validation, before another checkpoint
+        patch.setattr(RunFolder, "log", log_and_kill)
+        run(folder, "--resume", "auto", output=output, train=TRAIN)
+    assert run(folder, "--resume", "auto", output=output, train=TRAIN) == 0
+    assert_as_uninterrupted(folder, output)
 
 
 def test_a_process_killed_three_times(folder):
@@ -324,6 +347,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys)
         later.save(3, model, {"step": 3}, is_best=False)
         later.close()
         assert [step for step, _ in checkpoints(path)] == [1, 3]
+
+
+def test_a_full_device_is_one_sentence(folder, monkeypatch, capsys):
+    def fail(step, pieces, totals):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(OptimizerStep, "__call__", fail)
+    assert run(folder, output="full_device", train=TRAIN) == 2
+    error = capsys.readouterr().err
+    assert "The memory of cpu was full in step 1, with passes of 5 pairs: give a smaller --train.micro-batch" in error
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):

@@ -53,6 +53,10 @@ class Place:
         return list(map(slice, bounds, bounds[1:]))
 
 
+WHOLE = Place()
+"""All of every batch, in one piece."""
+
+
 class Loader:
     """Batches of an epoch, made by worker processes, in an order that depends only on the seed and the epoch.
 
@@ -84,7 +88,7 @@ class Loader:
         *,
         batch_size: int,
         is_training: bool,
-        place: Place = Place(),  # noqa: B008, it is frozen
+        place: Place = WHOLE,
         seed: int = 0,
         num_workers: int = 0,
         on_bad_sample: Literal["stop", "skip"] = "stop",
@@ -192,7 +196,7 @@ def pretrain_loader(
     tokenizer: PreTrainedTokenizerFast,
     split: Literal["train", "val"],
     *,
-    place: Place = Place(),  # noqa: B008, it is frozen
+    place: Place = WHOLE,
     num_workers: int = 0,
 ) -> Loader:
     """Returns the loader of a split of the configured data sets.

@@ -63,8 +63,8 @@ class Checkpointer:
         self.wait()
         # The same memory each time: fresh pages cost more than the copy.
         self._copy = copy_to_host({"weights": model.state_dict(), "state": state}, self._copy)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()  # the copies are under way until then
         self._writing = self._thread.submit(self._write, step, model.config, self._copy, is_best)
 
     def wait(self) -> None:
@@ -179,15 +179,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the state that was saved beside the weights, on the CPU.
-
-    Raises:
-        UserError: The checkpoint has none, or is damaged.
-    """
-    if not (checkpoint / STATE_FILE).is_file():
-        raise UserError(f"{checkpoint} is no checkpoint of a run that can be resumed: it has no {STATE_FILE}.")
-    if fault := damage(checkpoint):
-        raise UserError(f"The checkpoint {checkpoint} is damaged: {fault}.")
+    """Returns the state that was saved beside the weights, on the CPU; ``damage`` must have found none."""
     return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
 
 

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastm3ae.errors import UserError
 from fastm3ae.pretrained import describe_weights
-from fastm3ae.training.checkpoint import BEST, MANIFEST_FILE, STATE_FILE, checkpoints, damage
+from fastm3ae.training.checkpoint import BEST, MANIFEST_FILE, STATE_FILE, checkpoints, damage, load_training_state
 
 __all__ = ["describe_checkpoint", "describe_run"]
 
@@ -48,7 +46,7 @@ def describe_checkpoint(path: Path) -> str:
     if fault is None:
         for name, written in json.loads((path / MANIFEST_FILE).read_text())["files"].items():
             lines.append(f"  {name}: {written['bytes']:,} bytes, sha256 {written['sha256']}")
-        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        state = load_training_state(path)
         epoch, batch = state["position"]
         lines.append(
             f"{state['step']} steps were made, by {state['num_processes']} processes of {state['micro_batch']} pairs a "

@@ -6,6 +6,7 @@ stop) always travels by gloo, so that no GPU is waited for.
 """
 
 import datetime
+import hashlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -63,6 +64,11 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    def seed(self, seed: int, step: int = 0) -> None:
+        """Seeds what dropout draws from, differently in each process and for each step."""
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+
     def close(self) -> None:
         """Leaves the other processes."""
         if self._host is not None:
@@ -92,14 +98,6 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64)
         _talk(dist.all_reduce, total, group=self._host)
         return total.tolist()
-
-    def least(self, value: int) -> int:
-        """Returns the least value of all processes."""
-        if self._host is None:
-            return value
-        least = torch.tensor(value)
-        _talk(dist.all_reduce, least, op=dist.ReduceOp.MIN, group=self._host)
-        return int(least)
 
     def gather(self, value: Value) -> list[Value]:
         """Returns the values of all processes, in order; they may be anything that can be pickled."""

@@ -124,7 +124,7 @@ class Trainer:
             if num_stops:
                 break
             if num_pairs:
-                self.meter.add(self.make_step(pieces, totals), sum(map(len, pieces)))
+                self.meter.add(self._try_step(pieces, totals), sum(map(len, pieces)))
                 self.step += 1
                 bar.update()
             self.position, self.num_skipped_now = self.train_loader.state(), len(self.train_loader.bad_samples)
@@ -132,8 +132,17 @@ class Trainer:
             if num_pairs:
                 self._follow_step(bar)
         self.wall_s = time.perf_counter() - started
-        if self.step < self.num_steps:
+        if self.validated_step != self.num_steps:
             self._stop_early()
+
+    def _try_step(self, pieces: list[PretrainBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
+        try:
+            return self.make_step(pieces, totals)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The memory of {self.processes.device} was full in step {self.step + 1}, with passes of "
+                f"{self.config.train.micro_batch} pairs: give a smaller --train.micro-batch, or auto ({error})"
+            ) from error
 
     def _follow_step(self, bar: tqdm | None = None) -> None:
         """Logs, validates and saves what is due after a step, or after resuming at it."""
@@ -273,7 +282,7 @@ class Trainer:
             if own["cuda_rng"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_rng"])
         else:
-            torch.manual_seed(self.config.seed + self.step * number + rank)
+            self.processes.seed(self.config.seed, self.step)
 
     def _stop_early(self) -> None:
         """Saves what there is, unless that was done, and ends.

@@ -70,7 +70,10 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
             return size
         except torch.OutOfMemoryError as error:
             if size == 1:
-                raise UserError(f"Not even one pair fits into the device's memory: {error}") from error
+                raise UserError(
+                    "Not even one pair fits into the device's memory: take a smaller model.vision.image_size_px, a "
+                    f"shorter data.max_text_tokens or a smaller model ({error})"
+                ) from error
         gc.collect()  # the failed attempt's tensors, which its traceback held
         torch.cuda.empty_cache()
         size = -(-size // 2)

@@ -58,17 +58,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     else:
         notes += check_same_run(state, config, fingerprints, processes.number)
         init_model(model, checkpoint)
-    if processes.rank:  # dropout draws in the first as it would in a single process, in the others otherwise
-        digest = hashlib.sha256(f"{config.seed} {processes.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+    if processes.rank:  # the first one goes on with what is left of the seed after the weights
+        processes.seed(config.seed)
     run_folder = None
 
     def open_run_folder() -> None:
         nonlocal run_folder
         files = [*train_loader.dataset.table.paths, *val_loader.dataset.table.paths]
         data = {"files": [{"path": str(file), "bytes": file.stat().st_size} for file in files]}
-        step = state["step"] if state else 0
-        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, step)
+        progress = (
+            {} if state is None else {"step": state["step"], "is_validated": state["validated_step"] == state["step"]}
+        )
+        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, **progress)
 
     processes.from_first(open_run_folder)
     if processes.is_first:
@@ -139,7 +140,7 @@ def _with_micro_batch(
         return dataclasses.replace(train, micro_batch=state["micro_batch"])
     most = -(-train.batch_size // processes.number)
     fits = fit_micro_batch(model, config, most, autocast_context(train, processes.device))
-    return dataclasses.replace(train, micro_batch=processes.least(fits))
+    return dataclasses.replace(train, micro_batch=min(processes.gather(fits)))
 
 
 def _loader(

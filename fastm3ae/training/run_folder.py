@@ -41,12 +41,20 @@ class RunFolder:
         data: What the run reads, for data.json.
         device: Where the run computes.
         step: Steps that were made before; metrics of later ones are cut off, because they will be made again.
+        is_validated: Whether the validation after these steps was made before, too.
 
     Raises:
         UserError: The folder can't be written, or is not empty although the run does not resume.
     """
 
-    def __init__(self, config: PretrainConfig, data: Mapping[str, Any], device: torch.device, step: int) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: Mapping[str, Any],
+        device: torch.device,
+        step: int = 0,
+        is_validated: bool = False,
+    ) -> None:
         self.path = path = Path(config.output)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -58,7 +66,7 @@ class RunFolder:
             self._write_json("data.json", data)
             self._write_json(f"environment_{step:06d}.json" if step else "environment.json", environment(device))
             (path / "pictures").mkdir(exist_ok=True)
-            self._metrics = _open_metrics(path / "metrics.jsonl", step)
+            self._metrics = _open_metrics(path / "metrics.jsonl", step, is_validated)
         except OSError as error:
             raise UserError(f"The run folder {path} cannot be written: {error.strerror}.") from error
         self._board = None
@@ -104,12 +112,16 @@ class RunFolder:
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _open_metrics(path: Path, step: int) -> TextIO:
-    """Returns metrics.jsonl, open for appending, without its lines of later steps than ``step``."""
+def _open_metrics(path: Path, step: int, is_validated: bool) -> TextIO:
+    """Returns metrics.jsonl, open for appending, without what will be made again."""
+
+    def is_kept(line: str) -> bool:
+        values = json.loads(line) if line.endswith("}\n") else {"step": step + 1}  # a process was killed in this line
+        return values["step"] < step or (values["step"] == step and (values["split"] == "train" or is_validated))
+
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step and step]
     partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(filter(is_kept, lines)))
     partial.replace(path)
     return path.open("a", buffering=1)
 
