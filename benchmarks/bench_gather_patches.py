@@ -1,30 +1,26 @@
 """CLS and the visible patches with their positions, at the official shape: 81 of 324 patches, D = 768.
 
     python benchmarks/bench_gather_patches.py            # the table
-    python benchmarks/bench_gather_patches.py --check    # and exit with 1 below the target
+    python benchmarks/bench_gather_patches.py --check    # and exit with 1 below a target
     pytest benchmarks/bench_gather_patches.py --benchmark-json=history.json
 
 Bytes at B = 256 in bfloat16: forward, the visible rows are read and the tokens written once, 65 MB; backward, the
 tokens' gradient is read and that of all patches written once, 161 MB; accumulating, the tokens' gradient and the
-visible rows are read and these are written once, 97 MB. Positions, CLS and indices are small beside them.
+visible rows are read and these are written once, 97 MB. Positions, CLS and indices are small beside them. "with order"
+is forward with the random order of the patches drawn as well.
 
 On the CPU (B = 32, float32) the op is PyTorch's own operations, so that the target there is only not to be slower.
 """
 
-import functools
+from functools import partial
 
-import harness
-import pytest
 import torch
+from op_benchmark import DEVICE, OpBenchmark, Target, Workload, main, pytest_cases
 
-from fastm3ae.kernels import gather_patches, scatter_patches_
+from fastm3ae.kernels import gather_patches, random_patch_order_from_seed, scatter_patches_
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH_SIZE, DTYPE = (256, torch.bfloat16) if DEVICE == "cuda" else (32, torch.float32)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 NUM_PATCHES, NUM_KEPT, WIDTH = 324, 81, 768
-TARGET = 4.0 if DEVICE == "cuda" else 0.8
-VARIANTS = ("eager", "torch.compile", "ours")
-DIRECTIONS = ("forward", "backward", "accumulating")
 
 
 def eager(x, keep, positions, cls):
@@ -44,51 +40,61 @@ def backward(function, x, keep, positions, cls, grad):
     return lambda: torch.autograd.grad(tokens, (x, positions, cls), grad, retain_graph=True)
 
 
-@functools.cache
-def workloads():
-    torch.manual_seed(0)
-    make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPE)
-    x, positions, cls = make(BATCH_SIZE, NUM_PATCHES, WIDTH), make(1 + NUM_PATCHES, WIDTH), make(WIDTH)
-    keep = torch.rand(BATCH_SIZE, NUM_PATCHES, device=DEVICE).argsort(1)[:, :NUM_KEPT].contiguous()
-    grad = make(BATCH_SIZE, 1 + NUM_KEPT, WIDTH)
+def eager_with_order(x, positions, cls):
+    order = torch.argsort(torch.rand(x.shape[:2], device=x.device), dim=1)
+    restore = torch.argsort(order, dim=1)
+    return eager(x, order[:, :NUM_KEPT], positions, cls), restore
+
+
+def with_order(seed, x, positions, cls):
+    sizes = {"batch_size": len(x), "num_patches": NUM_PATCHES, "num_kept": NUM_KEPT}
+    keep, restore, _ = random_patch_order_from_seed(seed, **sizes)
+    return gather_patches(x, keep, positions, cls), restore
+
+
+def make(batch_size):
+    randn = partial(torch.randn, device=DEVICE, dtype=DTYPE)
+    x, positions, cls = randn(batch_size, NUM_PATCHES, WIDTH), randn(1 + NUM_PATCHES, WIDTH), randn(WIDTH)
+    keep = torch.rand(batch_size, NUM_PATCHES, device=DEVICE).argsort(1)[:, :NUM_KEPT].contiguous()
+    grad = randn(batch_size, 1 + NUM_KEPT, WIDTH)
     leaves = [value.clone().requires_grad_() for value in (x, positions, cls)]
     leaves = (leaves[0], keep, *leaves[1:])
-    gather = {
-        "eager": eager,
-        "torch.compile": torch.compile(eager, fullgraph=True),
-        "ours": gather_patches,
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    gather = {"eager": eager, "torch.compile": compiled(eager), "ours": gather_patches}
+    scatter_ = {"eager": eager_scatter_, "torch.compile": compiled(eager_scatter_), "ours": scatter_patches_}
+    forward_runs = {name: partial(function, x, keep, positions, cls) for name, function in gather.items()}
+    backward_runs = {name: backward(function, *leaves, grad) for name, function in gather.items()}
+    order_runs = {
+        "eager": partial(eager_with_order, x, positions, cls),
+        "torch.compile": partial(compiled(eager_with_order), x, positions, cls),
+        "ours": partial(with_order, torch.tensor(0, device=DEVICE), x, positions, cls),
     }
-    scatter_ = {
-        "eager": eager_scatter_,
-        "torch.compile": torch.compile(eager_scatter_, fullgraph=True),
-        "ours": scatter_patches_,
-    }
-    runs = {
-        "forward": {name: functools.partial(gather[name], x, keep, positions, cls) for name in VARIANTS},
-        "backward": {name: backward(gather[name], *leaves, grad) for name in VARIANTS},
-        "accumulating": {name: functools.partial(scatter_[name], x.clone(), grad, keep) for name in VARIANTS},
-    }
+    scatter_runs = {name: partial(function, x.clone(), grad, keep) for name, function in scatter_.items()}
     exact = [value.detach().double().requires_grad_(value.requires_grad) for value in (leaves[0], *leaves[2:])]
     truth = eager(exact[0], keep, *exact[1:])
-    _check("forward", runs, [truth])
-    _check("backward", runs, torch.autograd.grad(truth, exact, grad.double()))
+    check("forward", forward_runs, [truth])
+    check("backward", backward_runs, torch.autograd.grad(truth, exact, grad.double()))
+    for name, run in order_runs.items():
+        tokens, restore = run()
+        want = eager(x, restore.argsort(1)[:, :NUM_KEPT], positions, cls)
+        assert (tokens - want).abs().max() < 0.1, f"{name} is not timed: its tokens are not those of its order"
     sums = {}
-    for name in VARIANTS:
+    for name, function in scatter_.items():
         sums[name] = x.clone()
-        scatter_[name](sums[name], grad, keep)
+        function(sums[name], grad, keep)
         assert torch.equal(sums[name], sums["eager"]), f"{name} is not timed: its sum is wrong"
-    size, rows = x.element_size(), BATCH_SIZE * WIDTH
-    num_bytes = {
-        "forward": rows * (2 * NUM_KEPT + 1) * size,
-        "backward": rows * (NUM_KEPT + 1 + NUM_PATCHES) * size,
-        "accumulating": rows * 3 * NUM_KEPT * size,
+    rows = batch_size * WIDTH * x.element_size()
+    return {
+        "forward": Workload(forward_runs, rows * (2 * NUM_KEPT + 1)),
+        "with order": Workload(order_runs, rows * (2 * NUM_KEPT + 1) + 8 * batch_size * NUM_PATCHES),
+        "backward": Workload(backward_runs, rows * (NUM_KEPT + 1 + NUM_PATCHES)),
+        "accumulating": Workload(scatter_runs, rows * 3 * NUM_KEPT),
     }
-    return {name: harness.Workload(runs[name], num_bytes[name]) for name in DIRECTIONS}
 
 
-def _check(direction, runs, truth):
+def check(direction, runs, truth):
     """Holds every variant's results to float64: sums over the batch lose more bits in low precision."""
-    for name, run in runs[direction].items():
+    for name, run in runs.items():
         results = run()
         for got, want in zip([results] if torch.is_tensor(results) else results, truth, strict=True):
             error = (got - want).abs().max() / want.abs().max()
@@ -96,24 +102,32 @@ def _check(direction, runs, truth):
             assert error < bound, f"{name} is not timed: its {direction} is wrong by {error:.1e}"
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gather_patches(benchmark, variant, direction):
-    workload = workloads()[direction]
-    run = workload.variants[variant]
-    timings = harness.measure({"eager": workload.variants["eager"], "this": run}, rounds=10)
-    benchmark.extra_info["ratio_to_eager"] = timings["eager"].median_s / timings["this"].median_s
-    benchmark.extra_info["num_bytes"] = workload.num_bytes
-    benchmark.pedantic(run, rounds=20, warmup_rounds=3)
-
+SPEC = OpBenchmark(
+    op="gather_patches",
+    shape=f"{NUM_KEPT} of {NUM_PATCHES} patches, width {WIDTH}, {DTYPE}",
+    workloads=("forward", "with order", "backward", "accumulating"),
+    variants=("eager", "torch.compile", "ours"),
+    make=make,
+    batch_size={"cuda": 256, "cpu": 32},
+    targets={
+        "cuda": (
+            Target("forward", "eager", 10.0),
+            Target("forward", "torch.compile", 1.2),
+            Target("forward", "copy", 0.84),
+            Target("with order", "torch.compile", 3.0),
+            Target("with order", "copy", 0.60),
+            Target("backward", "eager", 4.0),
+            Target("backward", "torch.compile", 2.5),
+            Target("backward", "copy", 0.87),
+            Target("accumulating", "eager", 10.0),
+            Target("accumulating", "torch.compile", 2.5),
+            Target("accumulating", "copy", 0.83),
+        ),
+        "cpu": (Target("forward", "eager", 0.8), Target("backward", "eager", 0.8)),
+    },
+    rounds={"cuda": 100, "cpu": 30},
+)
+test_gather_patches = pytest_cases(SPEC)
 
 if __name__ == "__main__":
-    harness.main(
-        __doc__,
-        f"gather_patches, batch {BATCH_SIZE}, {NUM_KEPT} of {NUM_PATCHES} patches, width {WIDTH}, {DTYPE}, {DEVICE}",
-        workloads,
-        baseline="eager",
-        ours="ours",
-        gate="backward",
-        target=TARGET,
-    )
+    main(SPEC, __doc__)

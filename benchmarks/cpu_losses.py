@@ -26,6 +26,7 @@ import bench_masked_token_loss as token_loss
 import harness
 import torch
 
+PIXEL_LOSS_BATCH = 32
 NUM_TOKENS = 1536
 NUM_POSITIONS, NUM_MASKED = 64 * 64, 64 * 6
 VARIANTS = {"eager": token_loss.eager, "ours": token_loss.ours}
@@ -88,7 +89,7 @@ def main():
         return print_peak(arguments.peak_of)
 
     print(f"{harness.machine()}\n")
-    pixel = pixel_loss.workloads()["forward+backward"].variants
+    pixel = pixel_loss.SPEC.make(PIXEL_LOSS_BATCH)["forward+backward"].variants
     pixel = {name: pixel[name] for name in VARIANTS}
     make_inputs = partial(token_loss.make_inputs, device="cpu", dtype=torch.float32)
     original = {"original's way": token_loss.eager, "ours": masked_only}

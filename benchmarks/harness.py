@@ -1,17 +1,17 @@
 """Times variants of one computation against each other: interleaved, in one process, medians and ratios of medians."""
 
-import argparse
 import datetime
+import importlib.util
 import math
 import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -34,14 +34,6 @@ class Timing:
 
     def percentile_s(self, percent):
         return statistics.quantiles(self.samples_s, n=100, method="inclusive")[percent - 1]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Variants that compute the same thing, and the bytes that any of them must read and write at least."""
-
-    variants: Mapping[str, Callable[[], object]]
-    num_bytes: int
 
 
 def measure(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up_rounds: int = 3) -> dict[str, Timing]:
@@ -69,59 +61,27 @@ def cpu_s() -> float:
     return total
 
 
-def copy_of(num_bytes: int) -> Callable[[], object]:
-    """A copy that reads and writes ``num_bytes`` in total: the ceiling of anything that memory bounds."""
-    source = torch.rand(num_bytes // 8)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
 def machine() -> str:
-    """What the numbers depend on: processor, threads, versions, commit, date."""
+    """What the numbers depend on: processor or GPU, threads, versions, commit, date."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+    processor = names[0] if names else platform.processor()
+    unit = f"{processor} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        unit = f"{torch.cuda.get_device_name()}, driver {_driver()}, {unit}"
     return (
-        f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
-        f"{torch.get_num_threads()} threads, {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {commit}, {datetime.date.today()}"
+        f"{unit}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {_version('triton')}, commit {commit}, {datetime.date.today()}"
     )
 
 
-def main(
-    description: str,
-    title: str,
-    make_workloads: Callable[[], Mapping[str, Workload]],
-    *,
-    baseline: str,
-    ours: str,
-    gate: str,
-    target: float,
-) -> None:
-    """Prints a row per workload and variant, then how many times faster ``ours`` is than ``baseline`` at ``gate``.
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
-    With --check the exit status is 1 when that ratio is below ``target``.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 when the ratio is below {target}")
-    parser.add_argument("--rounds", type=int, default=30, help="measurements of each variant (default: %(default)s)")
-    arguments = parser.parse_args()
 
-    print(f"{title}\n{machine()}\n")
-    header = ("", "", "median ms", "p20", "p80", "GB/s", "of copy", f"vs {baseline}")
-    print("{:18} {:14} {:>10} {:>8} {:>8} {:>7} {:>8} {:>9}".format(*header))
-    ratios = {}
-    for name, workload in make_workloads().items():
-        timings = measure({**workload.variants, "copy": copy_of(workload.num_bytes)}, arguments.rounds)
-        for variant, timing in timings.items():
-            ratios[name, variant] = timings[baseline].median_s / timing.median_s
-            print(
-                f"{name:18} {variant:14} {timing.median_s * 1e3:10.2f} {timing.percentile_s(20) * 1e3:8.2f} "
-                f"{timing.percentile_s(80) * 1e3:8.2f} {workload.num_bytes / timing.median_s / 1e9:7.2f} "
-                f"{timings['copy'].median_s / timing.median_s:8.0%} {ratios[name, variant]:8.2f}x"
-            )
-    print(f"\n{ours} vs {baseline}, {gate}: {ratios[gate, ours]:.2f}x (target: {target}x)")
-    if arguments.check and ratios[gate, ours] < target:
-        sys.exit(1)
+def _version(package: str) -> str:
+    return metadata.version(package) if importlib.util.find_spec(package) else "missing"

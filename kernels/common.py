@@ -1,17 +1,42 @@
-"""What the ops of this folder share: words for a tensor in a message, and the way to the Triton launchers."""
+"""What the ops of this folder share: words for tensors in a message, a check, and the way to the Triton launchers."""
 
 import functools
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-__all__ = ["describe", "triton_kernels"]
+__all__ = ["FLOAT_DTYPES", "check_one_device", "describe", "dtype_name", "triton_kernels"]
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def describe(x: Tensor) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(x: Tensor | None) -> str:
     """Returns a tensor's shape and dtype as the messages of ValueErrors say them."""
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    return "None" if x is None else f"{tuple(x.shape)} {dtype_name(x.dtype)}"
+
+
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Checks that all tensors that are given, by the names that the message shall say, are on one device.
+
+    Raises:
+        ValueError: They are not.
+    """
+    devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{_join(devices)} must be on one device, got {_join(devices.values())}")
+
+
+def _join(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}"
 
 
 @functools.cache

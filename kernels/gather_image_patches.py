@@ -6,11 +6,9 @@ So a patch embedding of the visible patches alone is one product: pixels @ weigh
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
 
 __all__ = ["gather_image_patches", "gather_image_patches_reference"]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def gather_image_patches_reference(
@@ -89,7 +87,7 @@ def gather_image_patches(
         ValueError: A shape, dtype or device is not as above.
     """
     is_uint8 = image_BCHW.dtype == torch.uint8
-    if image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3 or not (is_uint8 or image_BCHW.dtype in _DTYPES):
+    if image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3 or not (is_uint8 or image_BCHW.dtype in FLOAT_DTYPES):
         raise ValueError(f"image must be (B, 3, H, W) uint8 or floating-point, got {describe(image_BCHW)}")
     B, _, H, W = image_BCHW.shape
     if patch_size_px < 1 or H % patch_size_px or W % patch_size_px:
@@ -98,13 +96,10 @@ def gather_image_patches(
         raise ValueError(f"keep must be (B, K) = ({B}, K) int64, got {describe(keep_BK)}")
     for name, value in (("mean", mean_C), ("std", std_C)):
         if is_uint8 and (value is None or value.shape != (3,) or value.dtype != torch.float32):
-            got = None if value is None else describe(value)
-            raise ValueError(f"{name} must be (3,) float32 for a uint8 image, got {got}")
+            raise ValueError(f"{name} must be (3,) float32 for a uint8 image, got {describe(value)}")
         if not is_uint8 and value is not None:
             raise ValueError(f"{name} must be None for a floating-point image, which is normalised already")
-    if dtype not in _DTYPES:
+    if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
-    devices = {x.device for x in (image_BCHW, keep_BK, mean_C, std_C) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"image, keep, mean and std must be on one device, got {sorted(map(str, devices))}")
+    check_one_device(image=image_BCHW, keep=keep_BK, mean=mean_C, std=std_C)
     return torch.ops.fastm3ae.gather_image_patches(image_BCHW.detach(), keep_BK, patch_size_px, mean_C, std_C, dtype)

@@ -6,7 +6,7 @@ The gradient of x is that of the tokens, put back to the patches they came from,
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
 
 __all__ = [
     "gather_patches",
@@ -15,8 +15,6 @@ __all__ = [
     "scatter_patches_",
     "scatter_patches_reference_",
 ]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def gather_patches_reference(x_BND: Tensor, keep_BK: Tensor, positions_LD: Tensor, cls_D: Tensor) -> Tensor:
@@ -167,21 +165,17 @@ def gather_patches(x_BND: Tensor, keep_BK: Tensor, positions_LD: Tensor, cls_D: 
         ``forward_patch_embed``, ``forward_pos_embed`` and ``random_masking`` of the original's clip_model.py and
         m3ae_module.py.
     """
-    if x_BND.dim() != 3 or x_BND.dtype not in _DTYPES:
+    if x_BND.dim() != 3 or x_BND.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be (B, N, D) in a floating-point dtype, got {describe(x_BND)}")
     B, N, D = x_BND.shape
     _check_keep(keep_BK, B)
-    if positions_LD.shape != (1 + N, D) or positions_LD.dtype not in _DTYPES:
+    if positions_LD.shape != (1 + N, D) or positions_LD.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"positions must be (1 + N, D) = ({1 + N}, {D}) in a floating-point dtype, got {describe(positions_LD)}"
         )
     if cls_D.shape != (D,) or cls_D.dtype != positions_LD.dtype:
         raise ValueError(f"cls must be (D,) = ({D},) in the positions' dtype, got {describe(cls_D)}")
-    if not x_BND.device == keep_BK.device == positions_LD.device == cls_D.device:
-        raise ValueError(
-            f"x, keep, positions and cls must be on one device, "
-            f"got {x_BND.device}, {keep_BK.device}, {positions_LD.device} and {cls_D.device}"
-        )
+    check_one_device(x=x_BND, keep=keep_BK, positions=positions_LD, cls=cls_D)
     return _GatherPatches.apply(x_BND, keep_BK, positions_LD, cls_D)
 
 
@@ -198,17 +192,14 @@ def scatter_patches_(x_BND: Tensor, update_BLD: Tensor, keep_BK: Tensor) -> None
     Raises:
         ValueError: A shape, dtype or device is not as above.
     """
-    if x_BND.dim() != 3 or x_BND.dtype not in _DTYPES or not x_BND.is_contiguous():
+    if x_BND.dim() != 3 or x_BND.dtype not in FLOAT_DTYPES or not x_BND.is_contiguous():
         raise ValueError(f"x must be (B, N, D) in a floating-point dtype and contiguous, got {describe(x_BND)}")
     B, _, D = x_BND.shape
     _check_keep(keep_BK, B)
     shape = (B, 1 + keep_BK.shape[1], D)
     if update_BLD.shape != shape or update_BLD.dtype != x_BND.dtype:
         raise ValueError(f"update must be (B, 1 + K, D) = {shape} in x's dtype, got {describe(update_BLD)}")
-    if not x_BND.device == update_BLD.device == keep_BK.device:
-        raise ValueError(
-            f"x, update and keep must be on one device, got {x_BND.device}, {update_BLD.device} and {keep_BK.device}"
-        )
+    check_one_device(x=x_BND, update=update_BLD, keep=keep_BK)
     torch.ops.fastm3ae.scatter_patches_(x_BND, update_BLD, keep_BK)
 
 

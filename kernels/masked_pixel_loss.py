@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastm3ae import _C
+from fastm3ae.kernels.common import check_one_device, describe, dtype_name
 from fastm3ae.kernels.cuda_build import current_stream, require_cuda_build
 
 __all__ = ["masked_pixel_loss", "masked_pixel_loss_backward_reference", "masked_pixel_loss_reference"]
@@ -157,8 +158,8 @@ def launch_masked_pixel_loss_cuda(
     partial = loss.new_empty(num_blocks, 2)
     _C.masked_pixel_loss_cuda(
         _shape(image_BCHW, hidden, *options),
-        pred_dtype=_name(pred.dtype),
-        image_dtype=_name(image_BCHW.dtype),
+        pred_dtype=dtype_name(pred.dtype),
+        image_dtype=dtype_name(image_BCHW.dtype),
         pred=pred.data_ptr(),
         image=image_BCHW.data_ptr(),
         mean=_address(mean),
@@ -243,47 +244,31 @@ def masked_pixel_loss(
         compute_mim in m3ae/modules/objectives.py of zhjohnchan/M3AE.
     """
     if image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3 or image_BCHW.dtype not in _PRED_DTYPES:
-        raise ValueError(f"image must be (B, 3, H, W) uint8, float32 or float64, got {_describe(image_BCHW)}")
+        raise ValueError(f"image must be (B, 3, H, W) uint8, float32 or float64, got {describe(image_BCHW)}")
     B, _, H, W = image_BCHW.shape
     if patch_size_px < 1 or H % patch_size_px or W % patch_size_px:
         raise ValueError(f"patch_size_px must divide the image's {H} x {W} pixels, got {patch_size_px}")
     N, P = (H // patch_size_px) * (W // patch_size_px), patch_size_px * patch_size_px * 3
     is_mask, is_index = hidden.dtype == torch.bool, hidden.dtype == torch.int64
     if not (is_mask and hidden.shape == (B, N) or is_index and hidden.dim() == 2 and len(hidden) == B):
-        raise ValueError(f"hidden must be (B, N) = ({B}, {N}) bool or ({B}, U) int64, got {_describe(hidden)}")
+        raise ValueError(f"hidden must be (B, N) = ({B}, {N}) bool or ({B}, U) int64, got {describe(hidden)}")
     dtypes = _PRED_DTYPES[image_BCHW.dtype]
     if pred.shape != (*hidden.shape, P) or pred.dtype not in dtypes:
         raise ValueError(
-            f"pred must be {(*hidden.shape, P)} {' or '.join(map(_name, dtypes))} for this image and hidden, "
-            f"got {_describe(pred)}"
+            f"pred must be {(*hidden.shape, P)} {' or '.join(map(dtype_name, dtypes))} for this image and hidden, "
+            f"got {describe(pred)}"
         )
-    tensors = {"pred": pred, "image": image_BCHW, "hidden": hidden}
     if image_BCHW.dtype == torch.uint8:
         for name, statistic in (("mean", mean), ("std", std)):
             if statistic is None or statistic.shape != (3, 1, 1) or statistic.dtype != torch.float32:
-                got = "None" if statistic is None else _describe(statistic)
-                raise ValueError(f"{name} must be (3, 1, 1) float32 for a uint8 image, got {got}")
-            tensors[name] = statistic
+                raise ValueError(f"{name} must be (3, 1, 1) float32 for a uint8 image, got {describe(statistic)}")
         mean, std = mean.detach().contiguous(), std.detach().contiguous()
     elif mean is not None or std is not None:
-        raise ValueError(f"mean and std must be None for an image of {_name(image_BCHW.dtype)}, which is normalised")
-    devices = [str(tensor.device) for tensor in tensors.values()]
-    if len(set(devices)) > 1:
-        raise ValueError(f"{_join(tensors)} must be on one device, got {_join(devices)}")
+        raise ValueError(
+            f"mean and std must be None for an image of {dtype_name(image_BCHW.dtype)}, which is normalised"
+        )
+    check_one_device(pred=pred, image=image_BCHW, hidden=hidden, mean=mean, std=std)
     inputs = (pred, image_BCHW.detach(), hidden, patch_size_px, normalize_target, mean, std)
     if torch.is_grad_enabled() and pred.requires_grad:
         return _MaskedPixelLoss.apply(*inputs)
     return torch.ops.fastm3ae.masked_pixel_loss(*inputs, False)[0]
-
-
-def _join(words) -> str:
-    *rest, last = words
-    return f"{', '.join(rest)} and {last}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {_name(x.dtype)}"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastm3ae import _C
-from fastm3ae.kernels.common import describe
+from fastm3ae.kernels.common import check_one_device, describe, dtype_name
 from fastm3ae.kernels.cuda_build import current_stream, require_cuda_build
 
 __all__ = ["masked_token_loss", "masked_token_loss_backward_reference", "masked_token_loss_reference"]
@@ -128,10 +128,10 @@ def launch_masked_token_loss_cuda(
         _check_labels(labels_M, len(weight_VD))
     M, V = len(tokens_MD), len(weight_VD)
     num_columns = -(-V // _COLUMNS_MULTIPLE) * _COLUMNS_MULTIPLE
-    # Logits of -infinity behind the vocabulary have the probability and the gradient 0.
-    weight = tokens_MD.new_zeros(num_columns, weight_VD.shape[1])
-    bias = tokens_MD.new_full((num_columns,), -torch.inf)
+    weight, bias = tokens_MD.new_empty(num_columns, weight_VD.shape[1]), tokens_MD.new_empty(num_columns)
     weight[:V], bias[:V], labels_M = weight_VD, bias_V, labels_M.contiguous()
+    # Logits of -infinity behind the vocabulary have the probability and the gradient 0.
+    weight[V:], bias[V:] = 0, -torch.inf
     needs = (needs_grad_tokens, needs_grad_weight, needs_grad_bias)
     _, _, grad_tokens_MD, grad_weight_VD, grad_bias_V = _empty_outputs(tokens_MD, weight_VD, bias_V, labels_M, *needs)
     loss_M = tokens_MD.new_empty(M, dtype=torch.float32)
@@ -139,7 +139,7 @@ def launch_masked_token_loss_cuda(
 
     logits = torch.addmm(bias, tokens_MD, weight.T)
     _C.masked_token_loss_cuda(
-        logits_dtype=str(logits.dtype).removeprefix("torch."),
+        logits_dtype=dtype_name(logits.dtype),
         logits=logits.data_ptr(),
         labels=labels_M.data_ptr(),
         num_tokens=M,
@@ -222,9 +222,7 @@ def masked_token_loss(tokens_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labe
     Deviation:
         The original computes the logits of all tokens of the text, and gives NaN where none is masked.
     """
-    devices = [x.device for x in (tokens_MD, weight_VD, bias_V, labels_M)]
-    if len(set(devices)) > 1:
-        raise ValueError(f"tokens, weight, bias and labels must be on one device, got {', '.join(map(str, devices))}")
+    check_one_device(tokens=tokens_MD, weight=weight_VD, bias=bias_V, labels=labels_M)
     device = tokens_MD.device
     if torch.is_autocast_enabled(device.type) and tokens_MD.dtype == torch.float32:
         tokens_MD = tokens_MD.to(torch.get_autocast_dtype(device.type))
@@ -252,4 +250,4 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _names(dtypes: list[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(map(dtype_name, dtypes))

@@ -18,9 +18,10 @@ __all__ = [
 
 
 def random_patch_order_reference(noise_BN: Tensor, num_kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order by two sorts: the specification. Arguments and results are those of ``random_patch_order``."""
+    """The order by a stable sort: the specification. Arguments and results are those of ``random_patch_order``."""
     order_BN = torch.argsort(noise_BN, dim=1, stable=True)
-    restore_BN = torch.argsort(order_BN, dim=1)
+    rank_BN = torch.arange(noise_BN.shape[1], device=noise_BN.device).expand_as(order_BN)
+    restore_BN = torch.empty_like(order_BN).scatter_(1, order_BN, rank_BN)
     return order_BN[:, :num_kept].contiguous(), restore_BN, restore_BN >= num_kept
 
 

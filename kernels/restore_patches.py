@@ -7,11 +7,9 @@ patches' tokens, over the whole batch.
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
 
 __all__ = ["restore_patches", "restore_patches_backward_reference", "restore_patches_reference"]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def restore_patches_reference(x_BLD: Tensor, restore_BN: Tensor, mask_token_D: Tensor, positions_LD: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ def restore_patches(x_BLD: Tensor, restore_BN: Tensor, mask_token_D: Tensor, pos
     Source:
         ``MIMHead`` in m3ae/modules/prediction_heads.py of zhjohnchan/M3AE.
     """
-    if x_BLD.dim() != 3 or x_BLD.shape[1] < 1 or x_BLD.dtype not in _DTYPES:
+    if x_BLD.dim() != 3 or x_BLD.shape[1] < 1 or x_BLD.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be (B, 1 + K, D) in a floating-point dtype, got {describe(x_BLD)}")
     B, num_visible, D = x_BLD.shape
     if restore_BN.dim() != 2 or len(restore_BN) != B or restore_BN.dtype != torch.int64:
@@ -141,17 +139,13 @@ def restore_patches(x_BLD: Tensor, restore_BN: Tensor, mask_token_D: Tensor, pos
     N = restore_BN.shape[1]
     if num_visible - 1 > N:
         raise ValueError(f"x must have at most 1 + N = {1 + N} tokens for restore's patches, got {describe(x_BLD)}")
-    if mask_token_D.shape != (D,) or mask_token_D.dtype not in _DTYPES:
+    if mask_token_D.shape != (D,) or mask_token_D.dtype not in FLOAT_DTYPES:
         raise ValueError(f"mask_token must be (D,) = ({D},) in a floating-point dtype, got {describe(mask_token_D)}")
-    if positions_LD.shape != (1 + N, D) or positions_LD.dtype not in _DTYPES:
+    if positions_LD.shape != (1 + N, D) or positions_LD.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"positions must be (1 + N, D) = ({1 + N}, {D}) in a floating-point dtype, got {describe(positions_LD)}"
         )
     if positions_LD.requires_grad:
         raise ValueError("positions must not require a gradient, because they get none: detach them")
-    if not x_BLD.device == restore_BN.device == mask_token_D.device == positions_LD.device:
-        raise ValueError(
-            f"x, restore, mask_token and positions must be on one device, "
-            f"got {x_BLD.device}, {restore_BN.device}, {mask_token_D.device} and {positions_LD.device}"
-        )
+    check_one_device(x=x_BLD, restore=restore_BN, mask_token=mask_token_D, positions=positions_LD)
     return _RestorePatches.apply(x_BLD, restore_BN, mask_token_D, positions_LD)
