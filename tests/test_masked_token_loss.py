@@ -340,7 +340,7 @@ MISTAKES = {
     "double_bias": (TOKENS, WEIGHT, BIAS.double(), LABELS, "bias must be .* float32 for .* got .* float64"),
     "labels_of_other_length": (TOKENS, WEIGHT, BIAS, LABELS[:6], r"labels must be \(M,\) = \(7,\) int64, got \(6,\)"),
     "int32_labels": (TOKENS, WEIGHT, BIAS, LABELS.int(), "labels must be .* int64, got .* int32"),
-    "other_device": (TOKENS, WEIGHT.to("meta"), BIAS, LABELS, "must be on one device, got cpu, meta, cpu, cpu"),
+    "other_device": (TOKENS, WEIGHT.to("meta"), BIAS, LABELS, "must be on one device, got cpu, meta, cpu and cpu"),
 }
 
 
