@@ -10,6 +10,7 @@ B     samples (image-text pairs) of a batch
 F     false images of a batch: one for each pair that image-text matching shows with a wrong image
 N     patches of an image, in row-major order
 K     kept (visible) patches
+U     hidden patches of an image, N - K
 L     tokens of an image sequence: CLS and patches, N + 1 or K + 1
 T     text tokens, padding included
 M     masked text tokens of a batch, or learned memory slots where the text says so
