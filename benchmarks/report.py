@@ -13,6 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# The same in every panel; peers take matplotlib's next one.
+COLORS = {"eager": "tab:gray", "torch.compile": "tab:blue", "ours": "tab:red"}
+
 
 def figures(records: list[dict]) -> Iterator[str]:
     """A line per target."""
@@ -65,7 +68,7 @@ def plot(records: list[dict], path: Path) -> None:
         rows = [row for row in record["rows"] if row["workload"] == workload and row["times_eager"] is not None]
         for variant in dict.fromkeys(row["variant"] for row in rows):
             points = sorted((row["batch_size"], row["times_eager"]) for row in rows if row["variant"] == variant)
-            axis.plot(*zip(*points, strict=True), marker="o", label=variant)
+            axis.plot(*zip(*points, strict=True), marker="o", label=variant, color=COLORS.get(variant))
         axis.set(title=f"{record['op']}\n{workload}", xlabel="batch size", ylabel="times eager", ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
