@@ -71,7 +71,7 @@ SPEC = OpBenchmark(
     batch_size={"cuda": 256, "cpu": 32},
     targets={
         "cuda": (Target("from noise", "eager", 3.0), Target("from a seed", "eager", 3.0)),
-        "cpu": (Target("from noise", "eager", 0.8),),
+        "cpu": (Target("from noise", "eager", 0.6),),
     },
     rounds={"cuda": 100, "cpu": 30},
 )
