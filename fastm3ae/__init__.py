@@ -12,6 +12,8 @@ N     patches of an image, in row-major order
 K     kept (visible) patches
 L     tokens of an image sequence: CLS and patches, N + 1 or K + 1
 T     text tokens, padding included
+S     tokens of many sequences one after another, without padding
+Q     the same of queries, where they are others than the keys
 M     masked text tokens of a batch, or learned memory slots where the text says so
 A     answers of the vocabulary, or of one question
 R     texts that are scored with one image
