@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
+Step = Literal["packed", "original"]
 PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
 
 
