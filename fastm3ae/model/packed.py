@@ -181,7 +181,7 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
         other: Where the other stream's sequences stand.
     """
     queries, width = stream.queries, x_SD.shape[-1]
-    if queries.num_tokens == 0:
+    if not stream.is_read:
         return x_SD[:0]
 
     def heads(x: Tensor, number: int) -> tuple[Tensor, ...]:

@@ -153,12 +153,15 @@ class StreamPlan:
         queries: The rows that it computes, a sequence per pair: whole ones, then those that are read.
         num_whole: Rows of whole sequences; they stand first in the keys, too.
         tail: Further rows of the keys that are queries.
+        is_read: Whether anything reads what the layer makes of the stream. It may read no row of it: then the layer's
+            parameters have gradients of zero, where otherwise they have none.
     """
 
     keys: Layout
     queries: Layout
     num_whole: int
     tail: Index
+    is_read: bool
 
     @property
     def is_whole(self) -> bool:
@@ -343,6 +346,7 @@ def _stream(
     num_whole_pairs = sum(num_pairs[name] for name in present if reads[name].depth > depth)
     num_whole = int(keys.lengths[:num_whole_pairs].sum())
 
+    is_anything_read = num_whole_pairs > 0
     tails, tail_lengths, num_queries = [np.zeros(0, np.int64)], [keys.lengths[:num_whole_pairs]], num_whole
     for name in present:
         pairs = first_pair[name] + np.arange(num_pairs[name])
@@ -361,7 +365,9 @@ def _stream(
             lengths = np.array([len(positions) for positions in read.positions], np.int64)
         tails.append(rows)
         tail_lengths.append(lengths)
+        is_anything_read |= is_read
         if is_read:
             taken[name][stream] = Taken(depth, num_queries, num_queries + len(rows), None)
         num_queries += len(rows)
-    return StreamPlan(keys, Layout(np.concatenate(tail_lengths)), num_whole, Index(np.concatenate(tails)))
+    queries = Layout(np.concatenate(tail_lengths))
+    return StreamPlan(keys, queries, num_whole, Index(np.concatenate(tails)), is_anything_read)
