@@ -61,9 +61,8 @@ def test_to_the_official_names_and_back(vision, text, objectives):
     assert all("position_ids" in name or "decoder_pos_embed" in name for name in leftovers)
     again.load_state_dict({**again.state_dict(), **ours})
     batch = small_batch(model, objectives[0])
-    for name in set(objectives) & {objectives[0]}:
-        got, want = getattr(again, name)(batch), getattr(model, name)(batch)
-        assert torch.equal(*(out.pred if name == "mim" else out for out in (got, want)))
+    run = M3AE.mlm_logits if objectives[0] == "mlm" else getattr(M3AE, objectives[0])
+    torch.testing.assert_close(run(again, batch), run(model, batch), rtol=0, atol=0)
 
 
 def test_official_names_of_swin_follow_the_original():

@@ -98,11 +98,11 @@ class PretrainBatch(ImageTextBatch):
         if self.masked_index_M is None:
             self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
         if self.masked_rows_M is None:
-            self.masked_rows_M = self.masked_index_M.cpu().numpy()
+            self.masked_rows_M = _on_host(self.masked_index_M)
         if self.false_index_F is None:
             self.false_index_F = (self.itm_labels_B == 0).nonzero().flatten()
         if self.false_rows_F is None:
-            self.false_rows_F = self.false_index_F.cpu().numpy()
+            self.false_rows_F = _on_host(self.false_index_F)
 
 
 @dataclass(kw_only=True)
@@ -167,4 +167,9 @@ def _count_tokens(is_padding: Tensor) -> np.ndarray:
     is_padding = is_padding.cpu()
     if (is_padding[..., :-1] & ~is_padding[..., 1:]).any():
         raise ValueError("is_padding must be False at all tokens of a text and True behind its last one, got a gap")
-    return (~is_padding).sum(dim=-1).numpy()
+    return _on_host((~is_padding).sum(dim=-1))
+
+
+def _on_host(x: Tensor) -> np.ndarray:
+    # A copy, because a worker process moves the tensor's memory, which the array would go on looking at.
+    return x.cpu().numpy().copy()
