@@ -38,8 +38,8 @@ def yardstick_losses(yardstick, model, batch):
     return {name: objectives.Loss(outputs.loss, {}) for name, outputs in yardstick.passes(model, batch)}
 
 
-def our_losses(model, batch):
-    return objectives.losses(model(batch), batch, model.config)
+def our_losses(model, batch, step="original"):
+    return objectives.losses(model(batch, step), batch, model.config)
 
 
 def gradients(model, loss):
@@ -123,12 +123,13 @@ def test_golden_optimizer_steps(yardstick, run):
     assert len(checks) > 10 and not missed, "\n".join(map(str, missed))
 
 
+@pytest.mark.parametrize("step", ["original", "packed"])
 @pytest.mark.parametrize("text", ["roberta", "bert"])
 @pytest.mark.parametrize(("num_layers", "mim_layer"), DEPTHS)
-def test_equals_our_separate_passes(yardstick, num_layers, mim_layer, text):
+def test_equals_ours(yardstick, num_layers, mim_layer, text, step):
     model = with_depth(num_layers, mim_layer, text).double()
     batch = small_batch(model, "mlm", num=5)
-    theirs, ours = yardstick_losses(yardstick, model, batch), our_losses(model, batch)
+    theirs, ours = yardstick_losses(yardstick, model, batch), our_losses(model, batch, step)
     assert list(theirs) == list(ours)
     for name in ours:
         assert abs(theirs[name].mean - ours[name].mean) < 1e-9
@@ -156,7 +157,9 @@ def test_any_number_of_false_images(yardstick, labels):
     batch = small_batch(model, "itm")
     labels = torch.tensor(labels)
     false_images = torch.randn(int((labels == 0).sum()), *batch.image_BCHW.shape[1:], dtype=torch.float64)
-    batch = dataclasses.replace(batch, itm_labels_B=labels, false_image_FCHW=false_images, false_index_F=None)
+    batch = dataclasses.replace(
+        batch, itm_labels_B=labels, false_image_FCHW=false_images, false_index_F=None, false_rows_F=None
+    )
     got, want = yardstick_losses(yardstick, model, batch)["itm"].mean, our_losses(model, batch)["itm"].mean
     assert abs(got - want) < 1e-9
 
@@ -164,7 +167,8 @@ def test_any_number_of_false_images(yardstick, labels):
 def test_a_batch_without_masked_tokens_costs_nothing(yardstick):
     model = small_model()
     batch = small_batch(model, "mlm")
-    batch = dataclasses.replace(batch, mlm_labels_BT=torch.full_like(batch.mlm_labels_BT, -100), masked_index_M=None)
+    labels = torch.full_like(batch.mlm_labels_BT, -100)
+    batch = dataclasses.replace(batch, mlm_labels_BT=labels, masked_index_M=None, masked_rows_M=None)
     loss = yardstick_losses(yardstick, model, batch)["mlm"].mean
     got, want = gradients(model, loss), gradients(model, our_losses(model, batch)["mlm"].mean)
     assert loss == 0 and got.keys() == want.keys() and not any(gradient.any() for gradient in got.values())
