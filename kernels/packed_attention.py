@@ -91,7 +91,9 @@ def philox_is_kept(
         return (word >> j % 2 * 16) & 0xFFFF >= num_dropped
 
     is_kept = []
-    for q_start, q_end, k_len in zip(q_offsets[:-1].tolist(), q_offsets[1:].tolist(), k_offsets.diff().tolist(), strict=True):
+    for q_start, q_end, k_len in zip(
+        q_offsets[:-1].tolist(), q_offsets[1:].tolist(), k_offsets.diff().tolist(), strict=True
+    ):
         rows = torch.arange(q_start, q_end, device=seed.device)
         is_kept.append(torch.cat([keeps(rows, num_slots, 1), keeps(rows, k_len, 0)], dim=2))
     return is_kept
@@ -153,21 +155,26 @@ torch.library.impl("fastm3ae::packed_attention_backward", "cuda", launch_packed_
 torch.library.register_fake("fastm3ae::packed_attention_backward", _empty_gradients)
 
 
-class _PackedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q_QHd, k_SHd, v_SHd, memory_k_MHd, memory_v_MHd, q_offsets, k_offsets, seed, *numbers):
-        places = q_offsets, k_offsets, memory_k_MHd, memory_v_MHd, seed
-        out_QHd, lse_HQ = torch.ops.fastm3ae.packed_attention(q_QHd, k_SHd, v_SHd, *places, *numbers)
-        ctx.save_for_backward(q_QHd, k_SHd, v_SHd, out_QHd, lse_HQ, *places)
-        ctx.numbers = numbers
-        return out_QHd
+def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q_QHd, k_SHd, v_SHd, *places, max_q_len, max_k_len, num_dropped = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q_QHd, k_SHd, v_SHd, *output, *places)
+    ctx.numbers = max_q_len, max_k_len, num_dropped
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_QHd):
-        grads = torch.ops.fastm3ae.packed_attention_backward(grad_QHd, *ctx.saved_tensors, *ctx.numbers)
-        wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, *[None] * 6
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx, grad_QHd: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    if grad_QHd is None:
+        return (None,) * 11
+    grads = torch.ops.fastm3ae.packed_attention_backward(grad_QHd, *ctx.saved_tensors, *ctx.numbers)
+    grad_q_QHd, grad_k_SHd, grad_v_SHd, *grad_memory = grads
+    return grad_q_QHd, grad_k_SHd, grad_v_SHd, None, None, *grad_memory, *[None] * 4
+
+
+# Not an autograd.Function as around the other ops, because torch.compile takes none with the same tensor at two places:
+# a sequence's own tokens share their offsets.
+torch.library.register_autograd("fastm3ae::packed_attention", _backward, setup_context=_save_for_backward)
 
 
 def packed_attention(
@@ -243,5 +250,5 @@ def packed_attention(
     if q_QHd.is_cuda and (d not in _CUDA_HEAD_DIMS or q_QHd.dtype not in _CUDA_DTYPES):
         raise ValueError(f"q must have d = 32 or 64 and no float64 on CUDA, got {describe(q_QHd)}")
     num_dropped = min(round(dropout_frac * (1 << 16)), (1 << 16) - 1)
-    places = memory_k_MHd, memory_v_MHd, q_offsets, k_offsets, seed
-    return _PackedAttention.apply(q_QHd, k_SHd, v_SHd, *places, max_q_len, max_k_len, num_dropped)
+    places = q_offsets, k_offsets, memory_k_MHd, memory_v_MHd, seed, max_q_len, max_k_len
+    return torch.ops.fastm3ae.packed_attention(q_QHd, k_SHd, v_SHd, *places, num_dropped)[0]

@@ -134,7 +134,9 @@ class _Dropout:
     def __init__(self, seed: Tensor | None, num_dropped: int) -> None:
         self._generator = torch.Generator()
         if seed is not None:
-            self._generator.manual_seed(seed.item())
+            number = seed.item()
+            # The generator uses 32 bits of its seed.
+            self._generator.manual_seed(number ^ number >> 32)
         self._first_kept = num_dropped - (1 << 15)
 
     def draw_(self, is_kept: Tensor) -> Tensor:
@@ -215,9 +217,7 @@ def packed_attention_backward_cpu(
     grad_slots_HMd = [memory_k_MHd.new_zeros((num_heads, num_slots, head_dim), dtype=dtype) for _ in range(2)]
     for group in groups:
         q, k, v = group.queries(q_QHd), group.keys(k_SHd, memory_k_MHd), group.keys(v_SHd, memory_v_MHd)
-        grad, lse = group.queries(grad_QHd), group.queries(lse_HQ.T)[..., None]
-        delta = (grad * group.queries(out_QHd)).sum(dim=-1, keepdim=True)
-        grad = grad / kept_frac
+        grad, lse = group.queries(grad_QHd) / kept_frac, group.queries(lse_HQ.T)[..., None]
         bias, grad_q, grad_k, grad_v = (
             group.bias(dtype),
             q.new_empty(q.shape),
@@ -229,9 +229,9 @@ def packed_attention_backward_cpu(
             p.baddbmm_(q[piece], k[piece].mT, alpha=scale).exp_()
             kept_p = dropout.draw_(is_kept.of_shape(*shape)).mul_(p) if num_dropped else p
             torch.bmm(kept_p.mT, grad[piece], out=grad_v[piece])
-            # The gradient of the scores: p * (is_kept * dp - delta).
-            ds = torch.bmm(grad[piece], v[piece].mT, out=grads.of_shape(*shape))
-            ds.mul_(kept_p).addcmul_(p, delta[piece], value=-1)
+            # ds = p * (is_kept * dp - delta), where delta is the sum of p * is_kept * dp over the keys.
+            ds = torch.bmm(grad[piece], v[piece].mT, out=grads.of_shape(*shape)).mul_(kept_p)
+            ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1)
             grad_q[piece].baddbmm_(ds, k[piece], beta=0, alpha=scale)
             grad_k[piece].baddbmm_(ds.mT, q[piece], beta=0, alpha=scale)
         _unstack_(grad_q_QHd[group.q_rows], group.q_lens, grad_q)
