@@ -5,7 +5,8 @@
 
 Counted are matrix products and convolutions, 2 FLOPs for a multiplication with its addition, on tensors without values
 (device "meta"), so that it takes seconds and no memory. Attention runs as plain products, because the counter does not
-see the CPU's fused kernel. Nor does it see into our own ops: one that multiplies matrices needs an entry in OP_FLOPS.
+see the CPU's fused kernel. Nor does it see into our own ops: those that multiply matrices have formulas here, in which
+attention costs what plain products would, without what a kernel computes again in its backward pass.
 
 A FLOP belongs to the part of the model whose parameters were used last before it, and so does its backward pass.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import PretrainBatch
@@ -80,13 +81,32 @@ def original(model: M3AE, batch: PretrainBatch) -> Iterator[tuple[str, Tensor]]:
         yield objective, outputs.loss
 
 
+# Tensors on "meta" that were copied from the host, and what they were split into, by id; each with its values.
+HOST_VALUES: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+@register_flop_formula(torch.ops.fastm3ae.masked_token_loss)
 def masked_token_loss_flops(tokens, weight, bias, labels, needs_tokens, needs_weight, needs_bias, **_) -> int:
     """Logits and, as the op makes them in its forward pass, the gradients of tokens and weight."""
     (num_masked, width), vocab_size = tokens, weight[0]
     return 2 * num_masked * width * vocab_size * (1 + needs_tokens + needs_weight)
 
 
-OP_FLOPS = {torch.ops.fastm3ae.masked_token_loss: masked_token_loss_flops}
+@register_flop_formula(torch.ops.fastm3ae.packed_attention, get_raw=True)
+def packed_attention_flops(q_QHd, k_SHd, v_SHd, q_offsets, k_offsets, memory_k_MHd, *_, **__) -> int:
+    """Scores and weighted sums."""
+    q_lengths, k_lengths = (
+        (HOST_VALUES[id(offsets)][1] if offsets.is_meta else offsets).diff() for offsets in (q_offsets, k_offsets)
+    )
+    num_weights = int((q_lengths * (k_lengths + len(memory_k_MHd))).sum())
+    return 4 * num_weights * q_QHd.shape[1] * q_QHd.shape[2]
+
+
+@register_flop_formula(torch.ops.fastm3ae.packed_attention_backward, get_raw=True)
+def packed_attention_backward_flops(grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, lse_HQ, *places, **_) -> int:
+    """Two products for each of the forward pass."""
+    return 2 * packed_attention_flops(q_QHd, k_SHd, v_SHd, *places)
+
 
 # The original's own code was counted with the same formulas: these are its numbers.
 ORIGINAL_FLOPS = (277_776_758_784, 800_875_573_248)
@@ -116,7 +136,7 @@ class FlopsByPart(TorchFunctionMode):
     def __init__(self, model: M3AE) -> None:
         super().__init__()
         self.direction = "forward"
-        self.counter = FlopCounterMode(display=False, custom_mapping=OP_FLOPS)
+        self.counter = FlopCounterMode(display=False)
         self.context = ExitStack()
         self.part, self.num_seen, self.flops = "before any parameter", 0, Counter()
         self.part_of, self.kept = {}, []
@@ -131,6 +151,7 @@ class FlopsByPart(TorchFunctionMode):
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
         self.context.__exit__(*exception)
+        HOST_VALUES.clear()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         given = [*tensors(args), *tensors((kwargs or {}).values())]
@@ -142,7 +163,15 @@ class FlopsByPart(TorchFunctionMode):
         if parts and len(parts) == len(given) and not reads_attribute:
             for tensor in tensors([result]):
                 self.keep(tensor, parts[-1])
+        self.keep_values(function, args, kwargs or {}, result)
         return result
+
+    def keep_values(self, function, args, kwargs, result) -> None:
+        if function is Tensor.to and args[0].device.type == "cpu":
+            HOST_VALUES[id(result)] = result, args[0]
+        elif function is Tensor.split and id(args[0]) in HOST_VALUES:
+            values = function(HOST_VALUES[id(args[0])][1], *args[1:], **kwargs)
+            HOST_VALUES.update((id(part), (part, value)) for part, value in zip(result, values, strict=True))
 
     def keep(self, tensor: Tensor, part: str) -> None:
         self.kept.append(tensor)  # so that no other tensor gets its id
