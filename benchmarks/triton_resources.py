@@ -101,7 +101,7 @@ def packed_attention_kernels() -> Iterator[tuple[str, object, dict[str, str], di
         for (name, (kernel, blocks)), has_all in itertools.product(kernels.items(), (False, True)):
             types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
             types |= {"q_offsets_ptr": "*i32", "k_offsets_ptr": "*i32", "seed_ptr": "*i64"}
-            types |= dict.fromkeys(("lse_ptr", "delta_ptr", "partial_k_ptr", "partial_v_ptr"), "*fp32")
+            types |= dict.fromkeys(("log2_lse_ptr", "delta_ptr", "partial_k_ptr", "partial_v_ptr"), "*fp32")
             types |= dict.fromkeys(("scale", "log2_scale", "kept_frac", "kept_scale"), "fp32")
             constants = {"HAS_MEMORY": has_all, "HAS_DROPOUT": has_all, "D": 64, **blocks}
             constants |= {} if has_all else {"seed_ptr": None}

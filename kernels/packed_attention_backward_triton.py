@@ -68,7 +68,7 @@ def _packed_attention_bwd_queries_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,
+    log2_lse_ptr,
     delta_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -116,7 +116,7 @@ def _packed_attention_bwd_queries_kernel(
     out = load_rows(out_ptr, q_start, place, q_len, h, H * D, D, D)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + h.to(tl.int64) * Q + q_row, delta, mask=is_query)
-    log2_lse = tl.load(lse_ptr + h.to(tl.int64) * Q + q_row, mask=is_query, other=0.0) * LOG2_E
+    log2_lse = tl.load(log2_lse_ptr + h.to(tl.int64) * Q + q_row, mask=is_query, other=0.0)
     grad_q = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
     if HAS_MEMORY:
         grad_q = _query_gradient(
@@ -141,7 +141,7 @@ def _key_gradients(
     first_key,
     grad_ptr,
     q_ptr,
-    lse_ptr,
+    log2_lse_ptr,
     delta_ptr,
     q_start,
     q_len,
@@ -170,7 +170,7 @@ def _key_gradients(
         q_row = q_start + place
         q = load_rows(q_ptr, q_start, place, q_len, h, stride_qs, stride_qh, D)
         grad = load_rows(grad_ptr, q_start, place, q_len, h, stride_gs, stride_gh, D)
-        log2_lse = tl.load(lse_ptr + h.to(tl.int64) * Q + q_row, mask=place < q_len, other=0.0) * LOG2_E
+        log2_lse = tl.load(log2_lse_ptr + h.to(tl.int64) * Q + q_row, mask=place < q_len, other=0.0)
         delta = tl.load(delta_ptr + h.to(tl.int64) * Q + q_row, mask=place < q_len, other=0.0)
         # Keys by queries, so that the weights are the left operand of the next product as they are.
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E)
@@ -193,7 +193,7 @@ def _packed_attention_bwd_keys_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
+    log2_lse_ptr,
     delta_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -236,7 +236,7 @@ def _packed_attention_bwd_keys_kernel(
     v = load_rows(v_ptr, k_start, j, k_len, h, stride_vs, stride_vh, D)
     zero = tl.zeros((BLOCK_K, D), dtype=tl.float32)
     grad_k, grad_v = _key_gradients(
-        zero, zero, k, v, first_key, grad_ptr, q_ptr, lse_ptr, delta_ptr, q_start, q_len, Q, h,
+        zero, zero, k, v, first_key, grad_ptr, q_ptr, log2_lse_ptr, delta_ptr, q_start, q_len, Q, h,
         stride_gs, stride_gh, stride_qs, stride_qh,
         scale, kept_scale, seed, num_dropped, 0, HAS_DROPOUT, D, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def _packed_attention_bwd_slots_kernel(
     q_ptr,
     memory_k_ptr,
     memory_v_ptr,
-    lse_ptr,
+    log2_lse_ptr,
     delta_ptr,
     q_offsets_ptr,
     seed_ptr,
@@ -287,7 +287,7 @@ def _packed_attention_bwd_slots_kernel(
     for i in range(split, num_sequences, tl.num_programs(0)):
         q_start, q_len = load_sequence(q_offsets_ptr, i, Q, num_sequences, max_q_len)
         grad_k, grad_v = _key_gradients(
-            grad_k, grad_v, k, v, first_slot, grad_ptr, q_ptr, lse_ptr, delta_ptr, q_start, q_len, Q, h,
+            grad_k, grad_v, k, v, first_slot, grad_ptr, q_ptr, log2_lse_ptr, delta_ptr, q_start, q_len, Q, h,
             stride_gs, stride_gh, stride_qs, stride_qh,
             scale, kept_scale, seed, num_dropped, 1, HAS_DROPOUT, D, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
@@ -316,7 +316,7 @@ def launch_packed_attention_backward(
     k_SHd: Tensor,
     v_SHd: Tensor,
     out_QHd: Tensor,
-    lse_HQ: Tensor,
+    log2_lse_HQ: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
     memory_k_MHd: Tensor,
@@ -334,7 +334,7 @@ def launch_packed_attention_backward(
     )
     grad_q_QHd, grad_k_SHd, grad_v_SHd = (x.new_empty(x.shape) for x in (q_QHd, k_SHd, v_SHd))
     partial_k, partial_v = (q_QHd.new_empty((_NUM_SPLITS, M, H, d), dtype=torch.float32) for _ in range(2))
-    delta_HQ = torch.empty_like(lse_HQ)
+    delta_HQ = torch.empty_like(log2_lse_HQ)
     of_queries, of_keys = query_blocks(q_QHd.dtype), key_blocks(q_QHd.dtype)
     num_q_blocks, num_k_blocks = (
         triton.cdiv(max_q_len, of_queries["BLOCK_Q"]),
@@ -347,20 +347,22 @@ def launch_packed_attention_backward(
     with torch.cuda.device_of(q_QHd):
         if grad_q_QHd.numel():
             _packed_attention_bwd_queries_kernel[num_sequences * num_q_blocks, H](
-                grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, lse_HQ, delta_HQ, q_offsets, k_offsets,
+                grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, log2_lse_HQ, delta_HQ, q_offsets, k_offsets,
                 memory_k_MHd, memory_v_MHd, seed, grad_q_QHd,
                 Q, S, H, M, num_sequences, max_q_len, max_k_len, num_q_blocks,
                 *grad_and_q_strides, *k_and_v_strides, *numbers, HAS_MEMORY=M > 0, **constants, **of_queries,
             )  # fmt: skip
         if grad_k_SHd.numel():
             _packed_attention_bwd_keys_kernel[num_sequences * num_k_blocks, H](
-                grad_QHd, q_QHd, k_SHd, v_SHd, lse_HQ, delta_HQ, q_offsets, k_offsets, seed, grad_k_SHd, grad_v_SHd,
+                grad_QHd, q_QHd, k_SHd, v_SHd, log2_lse_HQ, delta_HQ, q_offsets, k_offsets, seed,
+                grad_k_SHd, grad_v_SHd,
                 Q, S, H, num_sequences, max_q_len, max_k_len, num_k_blocks,
                 *grad_and_q_strides, *k_and_v_strides, *numbers, **constants, **of_keys,
             )  # fmt: skip
         if partial_k.numel():
             _packed_attention_bwd_slots_kernel[_NUM_SPLITS, H, triton.cdiv(M, of_keys["BLOCK_K"])](
-                grad_QHd, q_QHd, memory_k_MHd, memory_v_MHd, lse_HQ, delta_HQ, q_offsets, seed, partial_k, partial_v,
+                grad_QHd, q_QHd, memory_k_MHd, memory_v_MHd, log2_lse_HQ, delta_HQ, q_offsets, seed,
+                partial_k, partial_v,
                 Q, H, M, num_sequences, max_q_len, *grad_and_q_strides, *numbers, **constants, **of_keys,
             )  # fmt: skip
     grad_memory_k_MHd, grad_memory_v_MHd = (partial.sum(dim=0).to(q_QHd.dtype) for partial in (partial_k, partial_v))

@@ -101,7 +101,7 @@ def _packed_attention_fwd_kernel(
     memory_v_ptr,
     seed_ptr,
     out_ptr,
-    lse_ptr,
+    log2_lse_ptr,
     Q,
     S,
     H,
@@ -151,11 +151,11 @@ def _packed_attention_fwd_kernel(
     # Without any key there is nothing to divide by, and the result is 0.
     is_attended = total > 0.0
     out = acc / tl.where(is_attended, total * kept_frac, 1.0)[:, None]
-    lse = tl.where(is_attended, (largest + tl.log2(total)) / LOG2_E, 0.0)
+    log2_lse = largest + tl.log2(tl.where(is_attended, total, 1.0))
     is_query = place < q_len
     out_ptrs = out_ptr + (q_row.to(tl.int64) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None])
-    tl.store(lse_ptr + h.to(tl.int64) * Q + q_row, lse, mask=is_query)
+    tl.store(log2_lse_ptr + h.to(tl.int64) * Q + q_row, log2_lse, mask=is_query)
 
 
 def contiguous_rows(x_SHd: Tensor) -> Tensor:
@@ -189,10 +189,10 @@ def launch_packed_attention(
     max_k_len: int,
     num_dropped: int,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the forward kernel. Arguments and results are those of ``packed_attention_cpu``."""
+    """Runs the forward kernel. Arguments and results are those of ``packed_attention_cpu``, the logarithm to base 2."""
     (Q, H, d), num_sequences = q_QHd.shape, len(q_offsets) - 1
     q_QHd, k_SHd, v_SHd = map(contiguous_rows, (q_QHd, k_SHd, v_SHd))
-    out_QHd, lse_HQ = q_QHd.new_empty((Q, H, d)), q_QHd.new_empty((H, Q), dtype=torch.float32)
+    out_QHd, log2_lse_HQ = q_QHd.new_empty((Q, H, d)), q_QHd.new_empty((H, Q), dtype=torch.float32)
     if out_QHd.numel():
         blocks = forward_blocks(q_QHd.dtype, max_q_len)
         num_blocks = triton.cdiv(max_q_len, blocks["BLOCK_Q"])
@@ -207,7 +207,7 @@ def launch_packed_attention(
                 memory_v_MHd.contiguous(),
                 seed,
                 out_QHd,
-                lse_HQ,
+                log2_lse_HQ,
                 Q,
                 len(k_SHd),
                 H,
@@ -227,4 +227,4 @@ def launch_packed_attention(
                 D=d,
                 **blocks,
             )
-    return out_QHd, lse_HQ
+    return out_QHd, log2_lse_HQ

@@ -65,7 +65,7 @@ CASES = {
     "no_sequences": Case((), (), num_slots=3),
     "single": Case((13,), (13,)),
     "odd": Case((3, 5, 1), (7, 2, 9), 3, num_slots=5),
-    "prime": Case((13, 31, 67), (71, 5, 3), head_dim=64, num_slots=131),
+    "prime": Case((13, 31, 67), (71, 5, 3), head_dim=64, num_slots=67),
     "without_queries": Case((0, 0), (3, 2), num_slots=2),
     "without_keys": Case((4, 1), (0, 0)),
     "slots_alone": Case((4, 1), (0, 0), num_slots=3),
