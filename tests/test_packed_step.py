@@ -240,8 +240,8 @@ MUTATIONS = {
         packed,
         "co_attend",
         lambda f: (
-            lambda layer, x, other, stream, layout: f(
-                layer, x, other * (torch.arange(len(other)) < len(other) - 5)[:, None], stream, layout
+            lambda layer, x, other, stream: f(
+                layer, x, other * (torch.arange(len(other)) < len(other) - 5)[:, None], stream
             )
         ),
     ),

@@ -77,10 +77,11 @@ class PretrainBatch(ImageTextBatch):
         false_image_FCHW: (F, 3, S, S) uint8, the false images of the pairs with label 0, in their order.
         patch_noise_BN: (B, N) float32 in [0, 1), whose order decides which patches are hidden; N is 0 where the loader
             was given no patches.
-        masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); made from mlm_labels_BT.
-        masked_rows_M: The same on the host.
-        false_index_F: (F,) int64, which pairs have the false images; made from itm_labels_B.
-        false_rows_F: The same on the host.
+        masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); None: made from
+            mlm_labels_BT, and so must it be where these are replaced.
+        masked_rows_M: The same on the host; made with it.
+        false_index_F: (F,) int64, which pairs have the false images; None: made from itm_labels_B, as above.
+        false_rows_F: The same on the host; made with it.
     """
 
     mlm_ids_BT: Tensor
@@ -97,11 +98,9 @@ class PretrainBatch(ImageTextBatch):
         super().__post_init__()
         if self.masked_index_M is None:
             self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
-        if self.masked_rows_M is None:
             self.masked_rows_M = _on_host(self.masked_index_M)
         if self.false_index_F is None:
             self.false_index_F = (self.itm_labels_B == 0).nonzero().flatten()
-        if self.false_rows_F is None:
             self.false_rows_F = _on_host(self.false_index_F)
 
 

@@ -13,7 +13,8 @@ from transformers import BertModel, RobertaModel
 
 from fastm3ae.kernels import gather_image_patches, gather_patches, packed_attention
 from fastm3ae.model.fusion import CoAttentionFusion, CoAttentionLayer
-from fastm3ae.model.plan import Layout, Plan, StreamPlan
+from fastm3ae.model.plan import Plan, StreamPlan
+from fastm3ae.model.rows import Layout
 from fastm3ae.model.vision import encode_pixels
 
 __all__ = ["attend", "encode_images", "encode_texts", "fuse"]
@@ -146,31 +147,25 @@ def fuse(fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Pla
     """
     read: dict[str, dict[str, Tensor]] = {name: {} for name in plan.taken}
 
-    def take(depth: int, **rows: Tensor) -> None:
-        for name, streams in plan.taken.items():
-            for stream, taken in streams.items():
+    def take(depth: int, **streams: Tensor) -> None:
+        for name, taken_of in plan.taken.items():
+            for stream, taken in taken_of.items():
                 if taken.depth == depth:
-                    chosen = rows[stream]
-                    if taken.index is not None:
-                        chosen = chosen.index_select(0, taken.index.tensor)
-                    elif (taken.first, taken.last) != (0, len(chosen)):
-                        chosen = chosen[taken.first : taken.last]
-                    read[name][stream] = chosen
+                    read[name][stream] = taken.rows.of(streams[stream])
 
     take(0, text=text_SD, image=image_SD)
-    if plan.pair_text_rows is not None:
-        text_SD = text_SD.index_select(0, plan.pair_text_rows.tensor)
-    if plan.pair_image_rows is not None:
-        image_SD = image_SD.index_select(0, plan.pair_image_rows.tensor)
-    for depth, layer in enumerate(plan.layers, 1):
-        text_QD = co_attend(fusion.text_layers[depth - 1], text_SD, image_SD, layer.text, layer.image.keys)
-        image_QD = co_attend(fusion.image_layers[depth - 1], image_SD, text_SD, layer.image, layer.text.keys)
-        take(depth, text=text_QD, image=image_QD)
+    if not plan.layers:
+        return read
+    text_SD, image_SD = plan.pair_text_rows.of(text_SD), plan.pair_image_rows.of(image_SD)
+    for number, layer in enumerate(plan.layers):
+        text_QD = co_attend(fusion.text_layers[number], text_SD, image_SD, layer.text)
+        image_QD = co_attend(fusion.image_layers[number], image_SD, text_SD, layer.image)
+        take(number + 1, text=text_QD, image=image_QD)
         text_SD, image_SD = text_QD[: layer.text.num_whole], image_QD[: layer.image.num_whole]
     return read
 
 
-def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: StreamPlan, other: Layout) -> Tensor:
+def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: StreamPlan) -> Tensor:
     """Returns the rows that the plan wants of a stream's next features: (Q, D).
 
     Args:
@@ -178,27 +173,26 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
         x_SD: This stream's rows.
         other_SD: The other stream's rows.
         stream: Which rows are computed.
-        other: Where the other stream's sequences stand.
     """
-    queries, width = stream.queries, x_SD.shape[-1]
     if not stream.is_read:
         return x_SD[:0]
 
     def heads(x: Tensor, number: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (number, layer.num_heads, -1)).unbind(1)
 
-    dropout_frac = layer.dropout_frac if layer.training else 0.0
+    width, dropout_frac = x_SD.shape[-1], layer.dropout_frac if layer.training else 0.0
+    key_SD = stream.key_rows.of(x_SD)
     if stream.is_whole:
-        x_QD = x_SD
-        q, k, v = heads(layer.self_qkv(x_SD), 3)
+        x_QD = key_SD
+        q, k, v = heads(layer.self_qkv(x_QD), 3)
     else:
-        tail_QD = x_SD.index_select(0, stream.tail.tensor)
+        tail_QD = stream.tail.of(x_SD)
         x_QD = torch.cat([x_SD[: stream.num_whole], tail_QD]) if stream.num_whole else tail_QD
         weight, bias = layer.self_qkv.weight, layer.self_qkv.bias
         (q,) = heads(F.linear(x_QD, weight[:width], bias[:width]), 1)
-        k, v = heads(F.linear(x_SD, weight[width:], bias[width:]), 2)
-    x_QD = layer.add_self(x_QD, attend(q, k, v, queries, stream.keys, dropout_frac))
+        k, v = heads(F.linear(key_SD, weight[width:], bias[width:]), 2)
+    x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, dropout_frac))
     (q,) = heads(layer.cross_q(x_QD), 1)
-    k, v = heads(layer.cross_kv(other_SD), 2)
-    x_QD = layer.add_cross(x_QD, attend(q, k, v, queries, other, dropout_frac))
+    k, v = heads(layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
+    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac))
     return layer.add_mlp(x_QD)

@@ -6,13 +6,15 @@ only the rows that are read are queries; below it all rows are, because the next
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "Index", "Layout", "LayerPlan", "Plan", "Read", "Reads", "StreamPlan", "Texts", "make_plan"]
+from fastm3ae.model.rows import Index, Layout, Rows, rows_of, send
+
+__all__ = ["Images", "LayerPlan", "Plan", "Read", "Reads", "StreamPlan", "Texts", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -83,89 +85,34 @@ class Reads:
         return self.depth > 0 or self.image is not None
 
 
-@dataclass
-class Index:
-    """Numbers that are made on the host and used on the device.
-
-    Attributes:
-        array: The numbers.
-        tensor: The same as int32 on the device, after ``send``.
-    """
-
-    array: np.ndarray
-    tensor: Tensor | None = None
-
-
-def send(indices: Sequence[Index], device: torch.device) -> None:
-    """Copies all of them to the device at once."""
-    sizes = [len(index.array) for index in indices]
-    joined = np.concatenate([index.array for index in indices]).astype(np.int32)
-    host = torch.from_numpy(joined)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    for index, tensor in zip(indices, host.to(device, non_blocking=True).split(sizes), strict=True):
-        index.tensor = tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sequences whose tokens stand one after another.
-
-    Args:
-        lengths: Tokens of each sequence.
-    """
-
-    lengths: np.ndarray
-    _index: Index = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_index", Index(np.concatenate([[0], np.cumsum(self.lengths)])))
-
-    @property
-    def offsets(self) -> Tensor:
-        """(number of sequences + 1,) int32: where each begins; the last is the number of tokens."""
-        return self._index.tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return int(self._index.array[-1])
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.lengths.max(initial=0))
-
-    def rows(self, sequences: np.ndarray) -> np.ndarray:
-        """Returns the rows of these sequences, one sequence after another."""
-        lengths = self.lengths[sequences]
-        starts = self._index.array[sequences]
-        skipped = np.cumsum(lengths) - lengths
-        return np.repeat(starts - skipped, lengths) + np.arange(lengths.sum())
-
-
 @dataclass(frozen=True)
 class StreamPlan:
-    """What one stream computes in a fusion layer.
+    """What one stream computes in a fusion layer: sequences are the pairs of which anything is computed.
 
     Args:
-        keys: The rows that the layer reads, a sequence per pair.
-        queries: The rows that it computes, a sequence per pair: whole ones, then those that are read.
-        num_whole: Rows of whole sequences; they stand first in the keys, too.
-        tail: Further rows of the keys that are queries.
+        queries: What is computed of each pair: all, and then of further pairs the rows that are read.
+        num_whole: Rows of the pairs of which all is computed; they stand first in the stream.
+        tail: The further rows that are queries.
+        keys: What each pair's self-attention reads.
+        key_rows: Where that stands in this stream.
+        cross_keys: What each pair's cross-attention reads.
+        cross_key_rows: Where that stands in the other stream.
         is_read: Whether anything reads what the layer makes of the stream. It may read no row of it: then the layer's
             parameters have gradients of zero, where otherwise they have none.
     """
 
-    keys: Layout
     queries: Layout
     num_whole: int
-    tail: Index
+    tail: Rows
+    keys: Layout
+    key_rows: Rows
+    cross_keys: Layout
+    cross_key_rows: Rows
     is_read: bool
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows are queries, in their order."""
+        """Whether the queries are all of the keys, in their order."""
         return self.queries.num_tokens == self.keys.num_tokens
 
 
@@ -179,12 +126,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Taken:
-    """Where an objective's rows stand among those that a stream computed at a depth: a range, or single ones of it."""
+    """What an objective reads of a stream: rows of those that are computed at a depth."""
 
     depth: int
-    first: int
-    last: int
-    index: Index | None
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -198,7 +143,7 @@ class Plan:
         whole_images: Images that are encoded whole.
         num_visible: Images, the batch's own, whose visible patches are encoded; they follow the whole ones.
         image_layout: The encoded images.
-        pair_text_rows: For the first fusion layer, rows of the encoded texts, pair by pair; None: as they stand.
+        pair_text_rows: The first fusion layer's rows among those of the encoded texts, pair by pair.
         pair_image_rows: The same of the encoded images.
         layers: The fusion layers.
         taken: For each objective and stream where its rows are found.
@@ -210,21 +155,22 @@ class Plan:
     whole_images: np.ndarray
     num_visible: int
     image_layout: Layout
-    pair_text_rows: Index | None
-    pair_image_rows: Index | None
+    pair_text_rows: Rows
+    pair_image_rows: Rows
     layers: list[LayerPlan]
     taken: dict[str, dict[str, Taken]]
 
     def send(self, device: torch.device) -> None:
         """Copies what the device needs, in one copy."""
         layouts = [self.text_layout, self.image_layout]
-        indices = [self.text_rows, self.pair_text_rows, self.pair_image_rows]
+        rows = [self.pair_text_rows, self.pair_image_rows]
         for layer in self.layers:
             for stream in (layer.text, layer.image):
-                layouts += [stream.keys, stream.queries]
-                indices.append(stream.tail)
-        indices += [taken.index for streams in self.taken.values() for taken in streams.values()]
-        send([*(layout._index for layout in layouts), *(index for index in indices if index is not None)], device)
+                layouts += [stream.queries, stream.keys, stream.cross_keys]
+                rows += [stream.tail, stream.key_rows, stream.cross_key_rows]
+        rows += [taken.rows for streams in self.taken.values() for taken in streams.values()]
+        indices = [self.text_rows, *(layout.ends for layout in layouts), *(some.index for some in rows)]
+        send([index for index in indices if index is not None], device)
 
 
 def make_plan(
@@ -276,13 +222,12 @@ def make_plan(
             ("image", read.image, image_layout, image_of),
         ):
             if wanted is not None and wanted.depth == 0:
-                rows = _read_rows(layout, of[name], wanted)
-                taken[name][stream] = Taken(0, 0, layout.num_tokens, Index(rows))
+                taken[name][stream] = Taken(0, rows_of(_read_rows(layout, of[name], wanted)))
     text_lengths, image_lengths = text_layout.lengths[pairs_of_text], image_layout.lengths[pairs_of_image]
     for depth in range(1, 1 + max((reads[name].depth for name in fused), default=0)):
         present = [name for name in fused if reads[name].depth >= depth]
-        text = _stream("text", depth, present, reads, text_lengths, taken)
-        image = _stream("image", depth, present, reads, image_lengths, taken)
+        text = _stream("text", depth, present, reads, text_lengths, image_lengths, taken)
+        image = _stream("image", depth, present, reads, image_lengths, text_lengths, taken)
         layers.append(LayerPlan(text, image))
 
     return Plan(
@@ -292,8 +237,8 @@ def make_plan(
         whole_images=whole,
         num_visible=num_visible,
         image_layout=image_layout,
-        pair_text_rows=_gathered(text_layout, pairs_of_text),
-        pair_image_rows=_gathered(image_layout, pairs_of_image),
+        pair_text_rows=rows_of(text_layout.rows(pairs_of_text)),
+        pair_image_rows=rows_of(image_layout.rows(pairs_of_image)),
         layers=layers,
         taken=taken,
     )
@@ -316,13 +261,6 @@ def _valid_rows(groups) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _gathered(layout: Layout, sequences: np.ndarray) -> Index | None:
-    """The rows of the sequences; None where they are all rows in their order."""
-    if np.array_equal(sequences, np.arange(len(layout.lengths))):
-        return None
-    return Index(layout.rows(sequences))
-
-
 def _read_rows(layout: Layout, sequences: np.ndarray, read: Read) -> np.ndarray:
     if read.positions is None:
         return layout.rows(sequences)
@@ -337,37 +275,45 @@ def _stream(
     present: Sequence[str],
     reads: Mapping[str, Reads],
     pair_lengths: np.ndarray,
+    other_lengths: np.ndarray,
     taken: dict[str, dict[str, Taken]],
 ) -> StreamPlan:
     """Plans a stream in the layer that leads to ``depth``, and notes where what is read there will stand."""
     num_pairs = {name: len(reads[name].images.index) for name in present}
-    keys = Layout(pair_lengths[: sum(num_pairs.values())])
+    num_present = sum(num_pairs.values())
+    here, other = Layout(pair_lengths[:num_present]), Layout(other_lengths[:num_present])
     first_pair = dict(zip(present, np.cumsum([0, *num_pairs.values()]), strict=False))
-    num_whole_pairs = sum(num_pairs[name] for name in present if reads[name].depth > depth)
-    num_whole = int(keys.lengths[:num_whole_pairs].sum())
-
-    is_anything_read = num_whole_pairs > 0
-    tails, tail_lengths, num_queries = [np.zeros(0, np.int64)], [keys.lengths[:num_whole_pairs]], num_whole
-    for name in present:
+    nothing = np.zeros(0, np.int64)
+    computed, query_lengths, tails, num_whole = [nothing], [nothing], [nothing], 0
+    for name in present:  # the deepest first, so that what goes on stands in front of what ends here
         pairs = first_pair[name] + np.arange(num_pairs[name])
         read = getattr(reads[name], stream)
         is_read = read is not None and read.depth == depth
-        rows = _read_rows(keys, pairs, read) if is_read else np.zeros(0, np.int64)
+        rows = _read_rows(here, pairs, read) if is_read else nothing
         if reads[name].depth > depth:
             if is_read:
-                taken[name][stream] = Taken(depth, 0, num_whole, Index(rows))
-            continue
-        if not is_read:
-            lengths = np.zeros(len(pairs), np.int64)
-        elif read.positions is None:
-            lengths = keys.lengths[pairs]
+                taken[name][stream] = Taken(depth, rows_of(rows))
+            num_whole += int(here.lengths[pairs].sum())
+            query_lengths.append(here.lengths[pairs])
+        elif is_read:
+            first = num_whole + sum(map(len, tails))
+            taken[name][stream] = Taken(depth, Rows(first, first + len(rows)))
+            tails.append(rows)
+            is_all = read.positions is None
+            query_lengths.append(
+                here.lengths[pairs] if is_all else np.array([len(p) for p in read.positions], np.int64)
+            )
         else:
-            lengths = np.array([len(positions) for positions in read.positions], np.int64)
-        tails.append(rows)
-        tail_lengths.append(lengths)
-        is_anything_read |= is_read
-        if is_read:
-            taken[name][stream] = Taken(depth, num_queries, num_queries + len(rows), None)
-        num_queries += len(rows)
-    queries = Layout(np.concatenate(tail_lengths))
-    return StreamPlan(keys, queries, num_whole, Index(np.concatenate(tails)), is_anything_read)
+            continue
+        computed.append(pairs)
+    pairs = np.concatenate(computed)
+    return StreamPlan(
+        queries=Layout(np.concatenate(query_lengths)),
+        num_whole=num_whole,
+        tail=rows_of(np.concatenate(tails)),
+        keys=Layout(here.lengths[pairs]),
+        key_rows=rows_of(here.rows(pairs)),
+        cross_keys=Layout(other.lengths[pairs]),
+        cross_key_rows=rows_of(other.rows(pairs)),
+        is_read=len(computed) > 1,
+    )
