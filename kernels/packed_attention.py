@@ -123,8 +123,9 @@ def launch_packed_attention_backward_cuda(*arguments) -> tuple[Tensor, Tensor, T
 
 def _empty_out(q_QHd: Tensor, *_) -> tuple[Tensor, Tensor]:
     Q, H, _ = q_QHd.shape
-    lse_dtype = torch.promote_types(q_QHd.dtype, torch.float32)
-    return q_QHd.new_empty(q_QHd.shape), q_QHd.new_empty((H, Q), dtype=lse_dtype)
+    # The logarithm of the sum of a query's exponentials; the CPU's backward pass makes the sum again.
+    lse_HQ = q_QHd.new_empty((H, Q if q_QHd.is_cuda else 0), dtype=torch.promote_types(q_QHd.dtype, torch.float32))
+    return q_QHd.new_empty(q_QHd.shape), lse_HQ
 
 
 def _empty_gradients(

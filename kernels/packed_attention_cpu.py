@@ -1,7 +1,7 @@
 """Packed attention on the CPU: neighbours of similar length are padded together, and scores stay in the cache.
 
 PyTorch's own attention leaves its fast path on the CPU with dropout or a mask, and that path is no faster than this.
-The weights are made again in the backward pass: to store them is no faster, and they are most of a step's memory.
+The weights are made again in the backward pass, because they would be most of a step's memory.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ __all__ = ["packed_attention_backward_cpu", "packed_attention_cpu"]
 # Scores that are made at a time: 2 MiB, and as much again for each of their gradients and random numbers.
 _PIECE_SCORES = 1 << 19
 # A group of its own costs the time of so many scores, so that less padding than this is cheaper than another group.
-_GROUP_SCORES = 1 << 14
+_GROUP_SCORES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def packed_attention_cpu(
     max_k_len: int,
     num_dropped: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attends. Arguments and results are those of ``fastm3ae::packed_attention``.
+    """Attends. Arguments and results are those of ``fastm3ae::packed_attention``; the backward pass needs no lse.
 
     Raises:
         ValueError: The offsets do not divide the rows into sequences of at most the given lengths.
@@ -168,27 +168,22 @@ def packed_attention_cpu(
     _check_offsets("k", k_offsets, len(k_SHd), max_k_len)
     num_slots, num_heads, head_dim = memory_k_MHd.shape
     groups = list(_groups(q_offsets, k_offsets, num_heads, num_slots))
-    dtype, scale, kept_frac = _sum_dtype(q_QHd), head_dim**-0.5, 1 - num_dropped / (1 << 16)
-    scores, is_kept = _Buffer(groups, dtype), _Buffer(groups, dtype)
+    scale, kept_scale = head_dim**-0.5, 1 / (1 - num_dropped / (1 << 16))
+    scores, weights = (_Buffer(groups, _sum_dtype(q_QHd)) for _ in range(2))
     dropout = _Dropout(seed, num_dropped)
     out_QHd = q_QHd.new_zeros(q_QHd.shape)
-    lse_HQ = q_QHd.new_zeros((num_heads, len(q_QHd)), dtype=dtype)
     for group in groups:
         q, k, v = group.queries(q_QHd), group.keys(k_SHd, memory_k_MHd), group.keys(v_SHd, memory_v_MHd)
-        bias, out, lse = group.bias(dtype), q.new_empty(q.shape), q.new_empty(q.shape[:2])
+        bias, out = group.bias(q.dtype), q.new_empty(q.shape)
         for piece in group.pieces():
             shape = piece.stop - piece.start, *group.shape[1:]
-            p = scores.of_shape(*shape).copy_(bias[piece]).baddbmm_(q[piece], k[piece].mT, alpha=scale)
-            largest = p.amax(dim=-1, keepdim=True)
-            p.sub_(largest).exp_()
-            total = p.sum(dim=-1, keepdim=True)
+            s = scores.of_shape(*shape).copy_(bias[piece]).baddbmm_(q[piece], k[piece].mT, alpha=scale)
+            p = torch.softmax(s, dim=-1, out=weights.of_shape(*shape))
             if num_dropped:
-                p.mul_(dropout.draw_(is_kept.of_shape(*shape)))
-            torch.bmm(p, v[piece], out=out[piece]).div_(total * kept_frac)
-            lse[piece] = (largest + total.log()).squeeze(-1)
+                p.mul_(dropout.draw_(s))
+            out[piece].baddbmm_(p, v[piece], beta=0, alpha=kept_scale)
         _unstack_(out_QHd[group.q_rows], group.q_lens, out)
-        _unstack_(lse_HQ.T[group.q_rows], group.q_lens, lse)
-    return out_QHd, lse_HQ
+    return out_QHd, q_QHd.new_empty((num_heads, 0), dtype=_sum_dtype(q_QHd))
 
 
 def packed_attention_backward_cpu(
@@ -210,30 +205,26 @@ def packed_attention_backward_cpu(
     """Differentiates. Arguments and results are those of ``fastm3ae::packed_attention_backward``."""
     num_slots, num_heads, head_dim = memory_k_MHd.shape
     groups = list(_groups(q_offsets, k_offsets, num_heads, num_slots))
-    dtype, scale, kept_frac = _sum_dtype(q_QHd), head_dim**-0.5, 1 - num_dropped / (1 << 16)
-    scores, is_kept, grads = (_Buffer(groups, dtype) for _ in range(3))
+    scale, kept_scale = head_dim**-0.5, 1 / (1 - num_dropped / (1 << 16))
+    scores, weights, grads = (_Buffer(groups, _sum_dtype(q_QHd)) for _ in range(3))
     dropout = _Dropout(seed, num_dropped)
     grad_q_QHd, grad_k_SHd, grad_v_SHd = (x.new_zeros(x.shape) for x in (q_QHd, k_SHd, v_SHd))
-    grad_slots_HMd = [memory_k_MHd.new_zeros((num_heads, num_slots, head_dim), dtype=dtype) for _ in range(2)]
+    grad_slots_HMd = [q_QHd.new_zeros((num_heads, num_slots, head_dim), dtype=_sum_dtype(q_QHd)) for _ in range(2)]
     for group in groups:
         q, k, v = group.queries(q_QHd), group.keys(k_SHd, memory_k_MHd), group.keys(v_SHd, memory_v_MHd)
-        grad, lse = group.queries(grad_QHd) / kept_frac, group.queries(lse_HQ.T)[..., None]
-        bias, grad_q, grad_k, grad_v = (
-            group.bias(dtype),
-            q.new_empty(q.shape),
-            *(k.new_empty(k.shape) for _ in range(2)),
-        )
+        grad, bias = group.queries(grad_QHd), group.bias(q.dtype)
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         for piece in group.pieces():
             shape = piece.stop - piece.start, *group.shape[1:]
-            p = torch.sub(bias[piece], lse[piece], out=scores.of_shape(*shape))
-            p.baddbmm_(q[piece], k[piece].mT, alpha=scale).exp_()
-            kept_p = dropout.draw_(is_kept.of_shape(*shape)).mul_(p) if num_dropped else p
-            torch.bmm(kept_p.mT, grad[piece], out=grad_v[piece])
+            s = scores.of_shape(*shape).copy_(bias[piece]).baddbmm_(q[piece], k[piece].mT, alpha=scale)
+            p = torch.softmax(s, dim=-1, out=weights.of_shape(*shape))
+            kept_p = dropout.draw_(s).mul_(p) if num_dropped else p
+            grad_v[piece].baddbmm_(kept_p.mT, grad[piece], beta=0, alpha=kept_scale)
             # ds = p * (is_kept * dp - delta), where delta is the sum of p * is_kept * dp over the keys.
             ds = torch.bmm(grad[piece], v[piece].mT, out=grads.of_shape(*shape)).mul_(kept_p)
             ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1)
-            grad_q[piece].baddbmm_(ds, k[piece], beta=0, alpha=scale)
-            grad_k[piece].baddbmm_(ds.mT, q[piece], beta=0, alpha=scale)
+            grad_q[piece].baddbmm_(ds, k[piece], beta=0, alpha=scale * kept_scale)
+            grad_k[piece].baddbmm_(ds.mT, q[piece], beta=0, alpha=scale * kept_scale)
         _unstack_(grad_q_QHd[group.q_rows], group.q_lens, grad_q)
         for grad_SHd, grad_slots, stacked in zip(
             (grad_k_SHd, grad_v_SHd), grad_slots_HMd, (grad_k, grad_v), strict=True
