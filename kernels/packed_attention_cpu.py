@@ -63,11 +63,12 @@ class _Group:
             x_nHSd = torch.cat([slots_nHMd, x_nHSd], dim=2)
         return x_nHSd.flatten(0, 1)
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores: minus infinity at padding."""
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What to add to the scores, minus infinity at padding; None where the keys have none."""
+        if min(self.k_lens) == max(self.k_lens):
+            return None
         bias_n1S = torch.zeros(len(self.k_lens), 1, self.shape[2], dtype=dtype)
-        if min(self.k_lens) < max(self.k_lens):
-            bias_n1S[:, 0, self.num_slots :].masked_fill_(_is_padding(self.k_lens), -torch.inf)
+        bias_n1S[:, 0, self.num_slots :].masked_fill_(_is_padding(self.k_lens), -torch.inf)
         return bias_n1S.repeat_interleave(self.num_heads, dim=0)
 
 
@@ -128,6 +129,14 @@ class _Buffer:
         return self._memory[: rows * queries * keys].view(rows, queries, keys)
 
 
+def _softmax_(s: Tensor, p: Tensor, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+    """Writes scores and weights."""
+    if bias is not None:
+        s.copy_(bias)
+    s.baddbmm_(q, k.mT, beta=0 if bias is None else 1, alpha=q.shape[-1] ** -0.5)
+    torch.softmax(s, dim=-1, out=p)
+
+
 class _Dropout:
     """Random weights 0 and 1, the same ones for the same seed and order of calls."""
 
@@ -166,9 +175,9 @@ def packed_attention_cpu(
     """
     _check_offsets("q", q_offsets, len(q_QHd), max_q_len)
     _check_offsets("k", k_offsets, len(k_SHd), max_k_len)
-    num_slots, num_heads, head_dim = memory_k_MHd.shape
+    num_slots, num_heads, _ = memory_k_MHd.shape
     groups = list(_groups(q_offsets, k_offsets, num_heads, num_slots))
-    scale, kept_scale = head_dim**-0.5, 1 / (1 - num_dropped / (1 << 16))
+    kept_scale = 1 / (1 - num_dropped / (1 << 16))
     scores, weights = (_Buffer(groups, _sum_dtype(q_QHd)) for _ in range(2))
     dropout = _Dropout(seed, num_dropped)
     out_QHd = q_QHd.new_zeros(q_QHd.shape)
@@ -177,8 +186,8 @@ def packed_attention_cpu(
         bias, out = group.bias(q.dtype), q.new_empty(q.shape)
         for piece in group.pieces():
             shape = piece.stop - piece.start, *group.shape[1:]
-            s = scores.of_shape(*shape).copy_(bias[piece]).baddbmm_(q[piece], k[piece].mT, alpha=scale)
-            p = torch.softmax(s, dim=-1, out=weights.of_shape(*shape))
+            s, p = scores.of_shape(*shape), weights.of_shape(*shape)
+            _softmax_(s, p, q[piece], k[piece], None if bias is None else bias[piece])
             if num_dropped:
                 p.mul_(dropout.draw_(s))
             out[piece].baddbmm_(p, v[piece], beta=0, alpha=kept_scale)
@@ -216,8 +225,8 @@ def packed_attention_backward_cpu(
         grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         for piece in group.pieces():
             shape = piece.stop - piece.start, *group.shape[1:]
-            s = scores.of_shape(*shape).copy_(bias[piece]).baddbmm_(q[piece], k[piece].mT, alpha=scale)
-            p = torch.softmax(s, dim=-1, out=weights.of_shape(*shape))
+            s, p = scores.of_shape(*shape), weights.of_shape(*shape)
+            _softmax_(s, p, q[piece], k[piece], None if bias is None else bias[piece])
             kept_p = dropout.draw_(s).mul_(p) if num_dropped else p
             grad_v[piece].baddbmm_(kept_p.mT, grad[piece], beta=0, alpha=kept_scale)
             # ds = p * (is_kept * dp - delta), where delta is the sum of p * is_kept * dp over the keys.
