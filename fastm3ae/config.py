@@ -281,6 +281,9 @@ class TrainConfig:
     micro_batch: int | Literal["auto"] = "auto"
     """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
     most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout."""
+    step: Step = "packed"
+    """packed: one pass for all objectives, without padding and without what no loss reads. original: a pass for each
+    objective, as in the original. Both give the same losses and gradients; dropout draws other numbers."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
     device: str = "auto"

@@ -74,7 +74,9 @@ class Trainer:
             self.validate_every = max(1, round(train.validate_every_epochs * len(train_loader)))
         self.autocast = autocast_context(train, device)
         is_fp16 = device.type == "cuda" and train.precision == "fp16"
-        self.make_step = OptimizerStep(model, config.optim, self.num_steps, processes, self.autocast, is_fp16)
+        self.make_step = OptimizerStep(
+            model, config.optim, self.num_steps, processes, self.autocast, is_fp16, train.step
+        )
         self.checkpointer = None
         if run_folder is not None:
             self.checkpointer = Checkpointer(run_folder.path / "checkpoints", train.keep_checkpoints)

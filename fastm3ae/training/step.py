@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastm3ae import objectives
-from fastm3ae.config import OptimConfig
+from fastm3ae.config import OptimConfig, Step
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
@@ -32,6 +32,7 @@ class OptimizerStep:
         processes: Those that share each step.
         autocast: Gives the context in which the model computes.
         is_fp16: Whether gradients need scaling.
+        step: How the model computes its objectives.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class OptimizerStep:
         processes: Processes,
         autocast: Callable[[], AbstractContextManager],
         is_fp16: bool,
+        step: Step,
     ) -> None:
         self.model, self.config, self.processes, self.autocast = model, config, processes, autocast
+        self.step = step
         # Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
         self.parallel = processes.wrap(model, leaves_some_alone="itm" not in model.config.objectives)
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
@@ -77,7 +80,7 @@ class OptimizerStep:
             counts = [0] * len(totals) if is_idle else self.count([piece])
             with self._in_step(number == len(pieces)):
                 with self.autocast():
-                    results = objectives.losses(self.parallel(piece), piece, self.model.config)
+                    results = objectives.losses(self.parallel(piece, step=self.step), piece, self.model.config)
                 # The piece's share in the mean over the whole batch: a mean of means would weigh tokens differently.
                 # The processes' gradients are averaged, hence the factor.
                 shares = [
