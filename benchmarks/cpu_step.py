@@ -4,15 +4,15 @@
     python benchmarks/cpu_step.py --check    # and exit with 1 if one misses its target
 
 4 pairs with captions of 24 to 60 tokens, 15 % of them masked, float32, dropout 0.1. Both steps run on one model, in
-turn, without an optimiser; the figure is the ratio of the medians. A peak of memory is that of a process of its own: the
-most that was resident during a step, with the model and its gradients. Takes about 10 minutes and 12 GB.
+turn, without an optimiser; the figure is the ratio of the medians. A peak of memory is that of a process of its own:
+the most that was resident during a step, with the model and its gradients. Takes about 10 minutes and 12 GB.
 """
 
 import argparse
 import dataclasses
-import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import harness
@@ -79,15 +79,14 @@ def main() -> None:
         return print(resident_gib())
 
     print(f"the step at the official sizes, {len(LENGTHS)} pairs of {LENGTHS} tokens, float32\n{harness.machine()}\n")
-    runs = {name: lambda losses=losses: run(losses, model, batch) for name, losses in STEPS.items()}
+    runs = {name: partial(run, losses, model, batch) for name, losses in STEPS.items()}
     timings = harness.measure(runs, arguments.rounds, warm_up_rounds=2)
     for name, timing in timings.items():
-        print(
-            f"{name:10} {timing.median_s:6.2f} s (20 %: {timing.percentile_s(20):.2f}, 80 %: {timing.percentile_s(80):.2f})"
-        )
+        spread = f"20 %: {timing.percentile_s(20):.2f}, 80 %: {timing.percentile_s(80):.2f}"
+        print(f"{name:10} {timing.median_s:6.2f} s ({spread}), of the processors {timing.median_cpu_s:6.2f} s")
     pairs = [a / b for a, b in zip(*(timing.samples_s for timing in timings.values()), strict=True)]
-    print(f"ratio of each pair: {', '.join(f'{pair:.2f}' for pair in pairs)}, median {statistics.median(pairs):.2f}")
-    del model
+    print(f"ratio of each pair: {', '.join(f'{pair:.2f}' for pair in pairs)}", flush=True)
+    del model, runs
     peaks = {name: peak_gib(name) for name in STEPS}
     ratio = timings["original"].median_s / timings["packed"].median_s
     frac = peaks["packed"] / peaks["original"]
