@@ -3,55 +3,26 @@
     python benchmarks/flops.py            # a table for each step: part of the model x objective, forward / backward
     python benchmarks/flops.py --check    # and exit with 1 when a step misses its target
 
-Counted are matrix products and convolutions, 2 FLOPs for a multiplication with its addition, on tensors without values
-(device "meta"), so that it takes seconds and no memory. Attention runs as plain products, because the counter does not
-see the CPU's fused kernel. Nor does it see into our own ops: those that multiply matrices have formulas here, in which
-attention costs what plain products would, without what a kernel computes again in its backward pass.
-
-A FLOP belongs to the part of the model whose parameters were used last before it, and so does its backward pass.
+What is counted, and how, says fastm3ae/training/flops.py.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import original_step
-import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fastm3ae import objectives
 from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.presets import preset
+from fastm3ae.training.flops import DIRECTIONS, PARTS, Flops, count_flops, model_without_values
 
-PARTS = {
-    "text.": "text encoder",
-    "vision.": "image encoder",
-    "text_proj.": "projections",
-    "image_proj.": "projections",
-    "modality_embeddings.": "projections",
-    "fusion.text_layers.": "fusion, text layers",
-    "fusion.image_layers.": "fusion, image layers",
-    "text_pooler.": "poolers",
-    "image_pooler.": "poolers",
-    "mlm_head.": "MLM head",
-    "mim_decoder.": "MIM decoder",
-    "itm_head.": "ITM head",
-}
-DIRECTIONS = ("forward", "backward")
 NUM_PAIRS, NUM_TOKENS = 2, 64
-
-# For each loss that a step gives, by name: FLOPs by part and direction.
-Flops = dict[str, Counter[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -84,33 +55,6 @@ def packed(model: M3AE, batch: PretrainBatch) -> Iterable[tuple[str, Tensor]]:
 def original(model: M3AE, batch: PretrainBatch) -> Iterator[tuple[str, Tensor]]:
     for objective, outputs in original_step.passes(model, batch):
         yield objective, outputs.loss
-
-
-# Tensors on "meta" that were copied from the host, and what they were split into, by id; each with its values.
-HOST_VALUES: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-@register_flop_formula(torch.ops.fastm3ae.masked_token_loss)
-def masked_token_loss_flops(tokens, weight, bias, labels, needs_tokens, needs_weight, needs_bias, **_) -> int:
-    """Logits and, as the op makes them in its forward pass, the gradients of tokens and weight."""
-    (num_masked, width), vocab_size = tokens, weight[0]
-    return 2 * num_masked * width * vocab_size * (1 + needs_tokens + needs_weight)
-
-
-@register_flop_formula(torch.ops.fastm3ae.packed_attention, get_raw=True)
-def packed_attention_flops(q_QHd, k_SHd, v_SHd, q_offsets, k_offsets, memory_k_MHd, *_, **__) -> int:
-    """Scores and weighted sums."""
-    q_lengths, k_lengths = (
-        (HOST_VALUES[id(offsets)][1] if offsets.is_meta else offsets).diff() for offsets in (q_offsets, k_offsets)
-    )
-    num_weights = int((q_lengths * (k_lengths + len(memory_k_MHd))).sum())
-    return 4 * num_weights * q_QHd.shape[1] * q_QHd.shape[2]
-
-
-@register_flop_formula(torch.ops.fastm3ae.packed_attention_backward, get_raw=True)
-def packed_attention_backward_flops(grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, lse_HQ, *places, **_) -> int:
-    """Two products for each of the forward pass."""
-    return 2 * packed_attention_flops(q_QHd, k_SHd, v_SHd, *places)
 
 
 # The original's own code was counted with the same formulas: these are its numbers.
@@ -146,88 +90,6 @@ CASES = (
 )
 
 
-class FlopsByPart(TorchFunctionMode):
-    """Attributes what torch's counter counts.
-
-    The part changes when a function gets one of the model's parameters, and in the backward pass when an operation gets
-    back what it had saved. Tensors that are made of parameters alone, such as slices, count as parameters.
-
-    Attributes:
-        direction: "forward" or "backward": what runs now.
-    """
-
-    def __init__(self, model: M3AE) -> None:
-        super().__init__()
-        self.direction = "forward"
-        self.counter = FlopCounterMode(display=False)
-        self.context = ExitStack()
-        self.part, self.num_seen, self.flops = "before any parameter", 0, Counter()
-        self.part_of, self.kept = {}, []
-        for name, parameter in model.named_parameters():
-            self.keep(parameter, next(part for prefix, part in PARTS.items() if name.startswith(prefix)))
-
-    def __enter__(self) -> "FlopsByPart":
-        for context in (sdpa_kernel(SDPBackend.MATH), saved_tensors_hooks(self.save, self.load), self.counter):
-            self.context.enter_context(context)
-        return super().__enter__()
-
-    def __exit__(self, *exception) -> None:
-        super().__exit__(*exception)
-        self.context.__exit__(*exception)
-        HOST_VALUES.clear()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        given = [*tensors(args), *tensors((kwargs or {}).values())]
-        parts = [self.part_of[id(tensor)] for tensor in given if id(tensor) in self.part_of]
-        reads_attribute = getattr(function, "__name__", "") == "__get__"
-        if parts and not reads_attribute:
-            self.switch(parts[-1])
-        result = function(*args, **(kwargs or {}))
-        if parts and len(parts) == len(given) and not reads_attribute:
-            for tensor in tensors([result]):
-                self.keep(tensor, parts[-1])
-        self.keep_values(function, args, kwargs or {}, result)
-        return result
-
-    def keep_values(self, function, args, kwargs, result) -> None:
-        if function is Tensor.to and args[0].device.type == "cpu":
-            HOST_VALUES[id(result)] = result, args[0]
-        elif function is Tensor.split and id(args[0]) in HOST_VALUES:
-            values = function(HOST_VALUES[id(args[0])][1], *args[1:], **kwargs)
-            HOST_VALUES.update((id(part), (part, value)) for part, value in zip(result, values, strict=True))
-
-    def keep(self, tensor: Tensor, part: str) -> None:
-        self.kept.append(tensor)  # so that no other tensor gets its id
-        self.part_of[id(tensor)] = part
-
-    def save(self, tensor: Tensor) -> tuple[str, Tensor]:
-        return self.part, tensor
-
-    def load(self, saved: tuple[str, Tensor]) -> Tensor:
-        self.switch(saved[0])
-        return saved[1]
-
-    def switch(self, part: str) -> None:
-        num_counted = self.counter.get_total_flops()
-        if num_counted > self.num_seen:
-            self.flops[self.part, self.direction] += num_counted - self.num_seen
-        self.part, self.num_seen = part, num_counted
-
-    def take(self) -> Counter[tuple[str, str]]:
-        """Returns what was counted since the last time."""
-        self.switch("before any parameter")
-        taken, self.flops = self.flops, Counter()
-        return taken
-
-
-def tensors(values: Iterable) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensors(value)
-
-
 def official_config() -> M3AEConfig:
     """The preset m3ae with RoBERTa's vocabulary."""
     config = preset("m3ae").model
@@ -237,34 +99,24 @@ def official_config() -> M3AEConfig:
 def make_inputs(case: Case) -> tuple[M3AE, PretrainBatch]:
     """Returns a model and a batch that have shapes and no values, but for what the step reads on the host."""
     config = official_config()
-    with torch.device("meta"):
-        model = M3AE(config).to("meta")  # .to: the decoder's positions come from NumPy
     batch = original_step.make_batch(config, [case.num_valid] * NUM_PAIRS, case.num_masked, NUM_TOKENS)
     host = {name: getattr(batch, name) for name in case.host_fields}
-    return model, dataclasses.replace(batch.to("meta"), **host)
+    return model_without_values(config), dataclasses.replace(batch.to("meta"), **host)
 
 
-def count(case: Case) -> Flops:
-    """Counts a step's FLOPs, those of all samples together."""
+def count(case: Case) -> dict[str, Flops]:
+    """Counts a step's FLOPs for each loss that it gives, those of all samples together."""
     model, batch = make_inputs(case)
-    flops = {}
-    with FlopsByPart(model) as counter:
-        for name, loss in case.losses(model, batch):
-            flops[name] = counter.take()
-            counter.direction = "backward"
-            loss.backward()
-            flops[name] += counter.take()
-            counter.direction = "forward"
-    return flops
+    return count_flops(model, case.losses(model, batch))
 
 
-def per_sample(flops: Mapping[str, Mapping[tuple[str, str], int]], direction: str) -> int:
+def per_sample(flops: Mapping[str, Flops], direction: str) -> int:
     num_flops = sum(num for column in flops.values() for (_, way), num in column.items() if way == direction)
     assert num_flops % NUM_PAIRS == 0
     return num_flops // NUM_PAIRS
 
 
-def print_table(flops: Flops) -> None:
+def print_table(flops: Mapping[str, Flops]) -> None:
     print(f"{'GFLOP, forward / backward':28}" + "".join(f"{name:>20}" for name in flops))
     for part in [*dict.fromkeys(PARTS.values()), "total"]:
         cells = []

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import small_config, small_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastm3ae.kernels import masked_token_loss, packed_attention
+from fastm3ae.training.flops import FlopsByPart
 
 # FLOPs per sample, forward and backward, counted in the original's own code.
 ORIGINAL = {
@@ -113,24 +115,24 @@ def test_check_holds_every_case(flops, small_cases, monkeypatch, capsys):
     assert "another step: 9 of 9 tokens valid" in capsys.readouterr().out
 
 
-def test_token_loss_is_counted(flops):
+def test_token_loss_is_counted():
     """Its products are hidden from torch's counter, also those of the gradients."""
     tokens, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (10, 8), (10,)))
     labels = torch.arange(6)
-    with flops.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         masked_token_loss(tokens, weight, bias, labels)[0].backward()
     assert counter.get_total_flops() == 3 * 2 * 6 * 8 * 10
-    with flops.FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         masked_token_loss(tokens, weight, bias, labels)
     assert counter.get_total_flops() == 2 * 6 * 8 * 10
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_packed_attention_is_counted(flops, device):
+def test_packed_attention_is_counted(device):
     """Where tensors have no values, the lengths are those that were on the host before."""
     offsets = torch.tensor([0, 3, 3, 7, 0, 5, 9, 11], dtype=torch.int32)
     q, k, v, slots = (torch.randn(num, 2, 8, device=device, requires_grad=True) for num in (7, 11, 11, 3))
-    with flops.FlopsByPart(small_model()) as counter:
+    with FlopsByPart(small_model()) as counter:
         q_offsets, k_offsets = offsets.to(device, non_blocking=True).split([4, 4])
         options = {"max_q_len": 4, "max_k_len": 5, "memory": (slots, slots)}
         context = packed_attention(q, k, v, q_offsets, k_offsets, **options)
