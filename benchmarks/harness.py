@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from fastm3ae.training.run_folder import processor
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -78,13 +80,10 @@ def copy_of(num_bytes: int) -> Callable[[], object]:
 
 def machine() -> str:
     """What the numbers depend on: processor, threads, versions, commit, date."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
     return (
-        f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), "
         f"{torch.get_num_threads()} threads, {platform.system()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, commit {commit}, {datetime.date.today()}"
     )
