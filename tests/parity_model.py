@@ -150,7 +150,7 @@ def observe(model: M3AE, objective: str, batch: ImageTextBatch) -> dict[str, Ten
         normalized = (patches - mean) / (variance + 1e-6).sqrt()
         seen["mim_target"] = normalized if model.config.mim.normalize_target else patches
     elif objective == "itm":
-        image = image.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
+        image = torch.cat([image, batch.false_image_FCHW])[batch.itm_index_B]
         seen["itm_labels"] = batch.itm_labels_B.to(image.dtype)
     elif objective == "retrieval":
         ids = torch.cat([ids[:, None], batch.false_text_ids_BRT], 1)

@@ -158,7 +158,7 @@ def test_any_number_of_false_images(yardstick, labels):
     labels = torch.tensor(labels)
     false_images = torch.randn(int((labels == 0).sum()), *batch.image_BCHW.shape[1:], dtype=torch.float64)
     batch = dataclasses.replace(
-        batch, itm_labels_B=labels, false_image_FCHW=false_images, false_index_F=None, false_rows_F=None
+        batch, itm_labels_B=labels, false_image_FCHW=false_images, itm_index_B=None, itm_rows_B=None
     )
     got, want = yardstick_losses(yardstick, model, batch)["itm"].mean, our_losses(model, batch)["itm"].mean
     assert abs(got - want) < 1e-9

@@ -188,22 +188,21 @@ def test_dropout_draws_from_the_same_distribution(objective):
     assert 0.7 < samples["packed"].std() / samples["original"].std() < 1.4
 
 
-def test_training_draws_the_masks_of_each_objective_apart():
-    """With dropout in the text tower the unmasked texts of MIM and ITM are two encodings, without it they are one."""
-    model = small_model(dropout_frac=0.1, dtype=torch.float32)
-    batch = to_float32(small_batch(model, "mlm"))
-    seen = []
-    original = packed.encode_texts
+def test_training_encodes_the_text_of_each_objective(monkeypatch):
+    """With dropout the unmasked texts of MIM and ITM are two encodings; without it, or as an option, they are one."""
+    model = small_model(dropout_frac=0.1)
+    batch = small_batch(model, "mlm")
+    seen, encode_texts = [], packed.encode_texts
 
-    def encode_texts(text, plan):
+    def encode(text, plan, run):
         seen.append(len(plan.texts))
-        return original(text, plan)
+        return encode_texts(text, plan, run)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_step, "encode_texts", encode_texts)
-        model.train()(batch)
-        model.eval()(batch)
-    assert seen == [3, 2]
+    monkeypatch.setattr(packed_step, "encode_texts", encode)
+    model.train()(batch)
+    model(batch, share_texts=True)
+    model.eval()(batch)
+    assert seen == [3, 2, 2]
 
 
 def test_only_images_that_a_loss_sees_are_encoded():
@@ -268,3 +267,37 @@ def test_a_gap_in_a_text_is_refused():
     is_padding[0, 1] = True
     with pytest.raises(ValueError, match="is_padding must be False at all tokens of a text and True behind its last"):
         dataclasses.replace(batch, is_padding_BT=is_padding, num_tokens_B=None)
+
+
+def test_checkpointed_activations_change_nothing():
+    model = small_model(dropout_frac=0.1)
+    batch = make_batch(model, [9, 2, 5, 7], [3, 1, 1, 2], [1, 0, 0, 1])
+    results = []
+    for options in ({}, {"checkpoint_activations": True}):
+        torch.manual_seed(0)
+
+        def losses(model, batch, options=options):
+            found = objectives.losses(model(batch, **options), batch, model.config)
+            return {name: loss.mean for name, loss in found.items()}
+
+        results.append(run(model, batch, losses))
+    (plain, plain_gradients), (checkpointed, gradients) = results
+    assert plain == checkpointed and plain_gradients.keys() == gradients.keys()
+    assert all(torch.equal(gradients[name], plain_gradients[name]) for name in gradients)
+
+
+def test_negatives_of_the_batch_are_not_encoded_again():
+    model = small_model()
+    batch = make_batch(model, [9, 2, 5, 7], [3, 1, 1, 2], [1, 0, 0, 1])
+    other = torch.tensor([0, 3, 1, 3])
+    of_batch = dataclasses.replace(
+        batch, false_image_FCHW=batch.false_image_FCHW[:0], itm_index_B=other, itm_rows_B=None
+    )
+    as_false = dataclasses.replace(batch, false_image_FCHW=batch.image_BCHW[other[1:3]])
+    counts = []
+    model.vision.patch_embed.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    (got, gradients), (want, want_gradients) = (run(model, b, step("packed")) for b in (of_batch, as_false))
+    assert counts == [4, 6]
+    assert all(abs(got[name] - want[name]) < 1e-12 for name in want)
+    assert all((gradients[name] - want_gradients[name]).abs().max() < 1e-12 for name in want_gradients)
+    assert max(differences(model, of_batch)) < 1e-9

@@ -80,8 +80,9 @@ class PretrainBatch(ImageTextBatch):
         masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); None: made from
             mlm_labels_BT, and so must it be where these are replaced.
         masked_rows_M: The same on the host; made with it.
-        false_index_F: (F,) int64, which pairs have the false images; None: made from itm_labels_B, as above.
-        false_rows_F: The same on the host; made with it.
+        itm_index_B: (B,) int64, which image each pair sees in image-text matching: 0 ... B - 1 are the batch's own,
+            then come the false ones; None: its own where the label is 1, else the next false one.
+        itm_rows_B: The same on the host; made with it.
     """
 
     mlm_ids_BT: Tensor
@@ -91,17 +92,20 @@ class PretrainBatch(ImageTextBatch):
     patch_noise_BN: Tensor
     masked_index_M: Tensor | None = None
     masked_rows_M: np.ndarray | None = None
-    false_index_F: Tensor | None = None
-    false_rows_F: np.ndarray | None = None
+    itm_index_B: Tensor | None = None
+    itm_rows_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.masked_index_M is None:
             self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
             self.masked_rows_M = _on_host(self.masked_index_M)
-        if self.false_index_F is None:
-            self.false_index_F = (self.itm_labels_B == 0).nonzero().flatten()
-            self.false_rows_F = _on_host(self.false_index_F)
+        if self.itm_index_B is None:
+            is_false_B = self.itm_labels_B == 0
+            own_B = torch.arange(len(is_false_B), device=is_false_B.device)
+            self.itm_index_B = torch.where(is_false_B, len(is_false_B) - 1 + is_false_B.cumsum(dim=0), own_B)
+        if self.itm_rows_B is None:
+            self.itm_rows_B = _on_host(self.itm_index_B)
 
 
 @dataclass(kw_only=True)

@@ -160,7 +160,7 @@ class M3AE(nn.Module):
 
     def itm(self, batch: PretrainBatch) -> Tensor:
         """Returns the logits (B, 2) of "image and text belong together" (index 1), half of the images being false."""
-        image_BCHW = batch.image_BCHW.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
+        image_BCHW = torch.cat([batch.image_BCHW, batch.false_image_FCHW])[batch.itm_index_B]
         return self.itm_head(self.cls_features(image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
 
     def vqa(self, batch: ImageTextBatch) -> Tensor:
@@ -182,17 +182,22 @@ class M3AE(nn.Module):
         states = self.fusion(text_BTD, image_BLD, is_padding_BRT.flatten(0, 1))
         return self.retrieval_head(self.pool(states.text[-1], states.image[-1])).view(-1, num_texts)
 
-    def forward(self, batch: ImageTextBatch, step: Step = "packed") -> dict[str, Any]:
+    def forward(self, batch: ImageTextBatch, step: Step = "packed", **options: bool) -> dict[str, Any]:
         """Runs the passes of the model's objectives: in one packed pass, or one after another.
 
         Both give the same losses and gradients. The packed pass computes no row that no loss reads, and no padding.
+
+        Args:
+            batch: A batch on the model's device, images normalised.
+            step: Which.
+            **options: Those of the packed pass, see ``fastm3ae.model.packed_step.run_packed``.
 
         Returns:
             For each objective in ``config.objectives``, by name, what ``fastm3ae.objectives`` makes its loss of.
         """
         if step == "original":
             return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
-        return run_packed(self, batch)
+        return run_packed(self, batch, **options)
 
 
 def _init_weights(module: nn.Module, std: float) -> None:

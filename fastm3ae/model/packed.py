@@ -4,12 +4,14 @@ The weights are those of the modules that ``vision.py``, ``text.py`` and ``fusio
 rows of tokens (S, D) as they do on batches.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
-from transformers import BertModel, RobertaModel
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from transformers import BertModel, PretrainedConfig, RobertaModel
 
 from fastm3ae.kernels import gather_image_patches, gather_patches, packed_attention
 from fastm3ae.model.fusion import CoAttentionFusion, CoAttentionLayer
@@ -17,7 +19,16 @@ from fastm3ae.model.plan import Plan, StreamPlan
 from fastm3ae.model.rows import Layout
 from fastm3ae.model.vision import encode_pixels
 
-__all__ = ["attend", "encode_images", "encode_texts", "fuse"]
+__all__ = ["Run", "attend", "call", "encode_images", "encode_texts", "fuse"]
+
+
+# Runs a function of a layer and its arguments: ``call``, or something that checkpoints its activations.
+Run = Callable[..., Tensor]
+
+
+def call(function: Callable[..., Tensor], *arguments) -> Tensor:
+    """Returns what the function returns."""
+    return function(*arguments)
 
 
 def attend(
@@ -46,6 +57,7 @@ def encode_images(
     false_image_FCHW: Tensor | None,
     keep_BK: Tensor | None,
     plan: Plan,
+    run: Run = call,
 ) -> Tensor:
     """Encodes the images that the plan names, whole ones and visible patches together: (S, D).
 
@@ -55,6 +67,7 @@ def encode_images(
         false_image_FCHW: The false images, where there are any.
         keep_BK: int64 indices of the visible patches, where the plan has any.
         plan: Which images.
+        run: Runs a block.
     """
     images_NCHW = _select_images(image_BCHW, false_image_FCHW, plan.whole_images)
     if isinstance(vision, SwinTransformer):
@@ -62,10 +75,14 @@ def encode_images(
     x_SD = _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan)
     layout = plan.image_layout
     for block in vision.blocks:
-        q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
-        x_SD = x_SD + block.mlp(block.norm2(x_SD))
+        x_SD = run(_vision_block, block, x_SD, layout)
     return vision.norm(x_SD)
+
+
+def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Tensor:
+    q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+    x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
+    return x_SD + block.mlp(block.norm2(x_SD))
 
 
 def _select_images(image_BCHW: Tensor, false_image_FCHW: Tensor | None, wanted) -> Tensor:
@@ -104,24 +121,28 @@ def _embed_images(
     return vit.norm_pre(torch.cat(parts))
 
 
-def encode_texts(text: RobertaModel | BertModel, plan: Plan) -> Tensor:
-    """Encodes the texts that the plan names: (S, D)."""
+def encode_texts(text: RobertaModel | BertModel, plan: Plan, run: Run = call) -> Tensor:
+    """Encodes the texts that the plan names: (S, D). ``run`` runs a layer."""
     ids, positions = zip(*((group.ids_NT, _positions(text, group.ids_NT)) for group in plan.texts), strict=True)
     rows = plan.text_rows.tensor
     ids_1S = torch.cat([part.flatten() for part in ids]).index_select(0, rows)[None]
     positions_1S = torch.cat([part.flatten() for part in positions]).index_select(0, rows)[None]
     hidden_1SD = text.embeddings(input_ids=ids_1S, position_ids=positions_1S, token_type_ids=torch.zeros_like(ids_1S))
-    hidden_SD, layout, config = hidden_1SD[0], plan.text_layout, text.config
-    dropout_frac = config.attention_probs_dropout_prob if text.training else 0.0
+    hidden_SD = hidden_1SD[0]
     for layer in text.encoder.layer:
-        attention = layer.attention.self
-        q, k, v = (
-            product(hidden_SD).unflatten(-1, (config.num_attention_heads, -1))
-            for product in (attention.query, attention.key, attention.value)
-        )
-        hidden_SD = layer.attention.output(attend(q, k, v, layout, layout, dropout_frac), hidden_SD)
-        hidden_SD = layer.output(layer.intermediate(hidden_SD), hidden_SD)
+        hidden_SD = run(_text_layer, layer, hidden_SD, plan.text_layout, text.config)
     return hidden_SD
+
+
+def _text_layer(layer: nn.Module, hidden_SD: Tensor, layout: Layout, config: PretrainedConfig) -> Tensor:
+    attention = layer.attention.self
+    q, k, v = (
+        product(hidden_SD).unflatten(-1, (config.num_attention_heads, -1))
+        for product in (attention.query, attention.key, attention.value)
+    )
+    dropout_frac = config.attention_probs_dropout_prob if layer.training else 0.0
+    hidden_SD = layer.attention.output(attend(q, k, v, layout, layout, dropout_frac), hidden_SD)
+    return layer.output(layer.intermediate(hidden_SD), hidden_SD)
 
 
 def _positions(text: RobertaModel | BertModel, ids_NT: Tensor) -> Tensor:
@@ -133,7 +154,9 @@ def _positions(text: RobertaModel | BertModel, ids_NT: Tensor) -> Tensor:
     return is_counted_NT.cumsum(dim=1) * is_counted_NT + pad
 
 
-def fuse(fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Plan) -> dict[str, dict[str, Tensor]]:
+def fuse(
+    fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Plan, run: Run = call
+) -> dict[str, dict[str, Tensor]]:
     """Fuses each objective's pairs as deep as it reads.
 
     Args:
@@ -141,6 +164,7 @@ def fuse(fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Pla
         text_SD: The encoded texts, modality embedding included.
         image_SD: The encoded images, modality embedding included.
         plan: Which rows.
+        run: Runs a layer.
 
     Returns:
         For each objective, under "text" and "image", the rows that it reads.
@@ -158,8 +182,8 @@ def fuse(fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Pla
         return read
     text_SD, image_SD = plan.pair_text_rows.of(text_SD), plan.pair_image_rows.of(image_SD)
     for number, layer in enumerate(plan.layers):
-        text_QD = co_attend(fusion.text_layers[number], text_SD, image_SD, layer.text)
-        image_QD = co_attend(fusion.image_layers[number], image_SD, text_SD, layer.image)
+        text_QD = run(co_attend, fusion.text_layers[number], text_SD, image_SD, layer.text)
+        image_QD = run(co_attend, fusion.image_layers[number], image_SD, text_SD, layer.image)
         take(number + 1, text=text_QD, image=image_QD)
         text_SD, image_SD = text_QD[: layer.text.num_whole], image_QD[: layer.image.num_whole]
     return read

@@ -93,9 +93,7 @@ def _cls_features(model: M3AE, rows: Mapping[str, Tensor]) -> Tensor:
 
 
 def _itm_reads(batch: PretrainBatch, config: M3AEConfig) -> Reads:
-    index = np.arange(len(batch))
-    index[batch.false_rows_F] = len(batch) + np.arange(len(batch.false_rows_F))
-    return _cls_reads(_texts(batch), Images(index), config)
+    return _cls_reads(_texts(batch), Images(batch.itm_rows_B), config)
 
 
 def _itm_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, order: PatchOrder | None) -> Tensor:

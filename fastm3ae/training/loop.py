@@ -63,7 +63,7 @@ def build_step(config: PretrainConfig, model: M3AE, num_steps: int, processes: P
     train, device = config.train, processes.device
     is_fp16 = compute_dtype(train, device) == torch.float16
     autocast = autocast_context(train, device)
-    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, train.step)
+    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, train.step_options())
 
 
 class Trainer:

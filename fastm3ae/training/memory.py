@@ -45,7 +45,7 @@ def fit_micro_batch(
         batch = longest_batch(config, num_pairs).to(device)
         for _ in range(2):  # the second beside the gradients of the first
             with autocast():
-                results = objectives.losses(model(batch, step=config.train.step), batch, model.config)
+                results = objectives.losses(model(batch, **config.train.step_options()), batch, model.config)
             objectives.total(results).backward()
         del reserved
 
