@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from fastm3ae.training.run_folder import processor
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -63,13 +65,9 @@ def cpu_s() -> float:
 
 def machine() -> str:
     """What the numbers depend on: processor or GPU, threads, versions, commit, date."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    processor = names[0] if names else platform.processor()
-    unit = f"{processor} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    unit = f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         unit = f"{torch.cuda.get_device_name()}, driver {_driver()}, {unit}"
     return (

@@ -3,6 +3,7 @@
 python benchmarks/triton_resources.py    # the table; exit status 1 where a kernel spills registers
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastm3ae.kernels import gather_image_patches_triton as image_patches
 from fastm3ae.kernels import gather_patches_triton as patches
+from fastm3ae.kernels import packed_attention_backward_triton as attention_backward
+from fastm3ae.kernels import packed_attention_triton as attention
 from fastm3ae.kernels import random_patch_order_triton as order
 from fastm3ae.kernels import restore_patches_triton as restored
 
@@ -80,18 +84,48 @@ def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]
         types |= {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
         blocks = {"PATCH_SIZE": 16, "BLOCK_P": image_patches._BLOCK_P, "IS_UINT8": image == "u8"}
         yield f"gather_image_patches {image}", kernel, types, {**blocks, **statistics}
+    yield from packed_attention_kernels()
+
+
+def packed_attention_kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+    """The same for packed_attention, without slots and dropout and with all of it."""
+    for dtype, torch_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        of_queries, of_keys = attention_backward.query_blocks(torch_dtype), attention_backward.key_blocks(torch_dtype)
+        kernels = {
+            "": (attention._packed_attention_fwd_kernel, attention.forward_blocks(torch_dtype, 325)),
+            " short": (attention._packed_attention_fwd_kernel, attention.forward_blocks(torch_dtype, 64)),
+            "_backward queries": (attention_backward._packed_attention_bwd_queries_kernel, of_queries),
+            "_backward keys": (attention_backward._packed_attention_bwd_keys_kernel, of_keys),
+            "_backward slots": (attention_backward._packed_attention_bwd_slots_kernel, of_keys),
+        }
+        for (name, (kernel, blocks)), has_all in itertools.product(kernels.items(), (False, True)):
+            types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+            types |= {"q_offsets_ptr": "*i32", "k_offsets_ptr": "*i32", "seed_ptr": "*i64"}
+            types |= dict.fromkeys(("log2_lse_ptr", "delta_ptr", "partial_k_ptr", "partial_v_ptr"), "*fp32")
+            types |= dict.fromkeys(("scale", "log2_scale", "kept_frac", "kept_scale"), "fp32")
+            constants = {"HAS_MEMORY": has_all, "HAS_DROPOUT": has_all, "D": 64, **blocks}
+            constants |= {} if has_all else {"seed_ptr": None}
+            yield f"packed_attention{name} {dtype}" + " all" * has_all, kernel, types, constants
 
 
 def compile_for(arch: int, kernel, types: dict[str, str], constants: dict[str, object]):
     names = kernel.arg_names
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    # Pointers and the official widths are multiples of 16, for which Triton specialises a launch.
-    is_aligned = [types[name].startswith("*") or name in ("D", "H", "W") for name in names if name not in constants]
+    # Pointers, the official widths and strides are multiples of 16, for which Triton specialises a launch.
+    is_aligned = [
+        types[name].startswith("*") or name.startswith("stride") or name in ("D", "H", "W")
+        for name in names
+        if name not in constants
+    ]
     places = [i for i, name in enumerate(names) if name not in constants]
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, is_multiple in zip(places, is_aligned, strict=True) if is_multiple
     }
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32))
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options
+    )
 
 
 def usage(cubin: bytes) -> dict[str, int]:

@@ -13,6 +13,8 @@ K     kept (visible) patches
 U     hidden patches of an image, N - K
 L     tokens of an image sequence: CLS and patches, N + 1 or K + 1
 T     text tokens, padding included
+S     tokens of many sequences one after another, without padding
+Q     the same of queries, where they are others than the keys
 M     masked text tokens of a batch, or learned memory slots where the text says so
 A     answers of the vocabulary, or of one question
 R     texts that are scored with one image

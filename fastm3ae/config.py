@@ -4,7 +4,7 @@ Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``p
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastm3ae.errors import UserError
 
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
+Step = Literal["packed", "original"]
 PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
 
 
@@ -194,6 +195,9 @@ class DataConfig:
     """composite: transparent images are laid on black. official: their alpha is dropped, as in the original."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What to do about an image that cannot be read: stop with its file and row, or skip the pair and count it."""
+    itm_negatives: Literal["data", "batch"] = "data"
+    """Where image-text matching takes its false images from. data: the whole data set, as in the original. batch: the
+    other pairs of the same pass, so that no false image is decoded or encoded: a changed objective, not exact."""
     draw_demo: bool = False
     """Draw the embedded synthetic corpus into ``root`` first, unless it is there."""
 
@@ -280,6 +284,15 @@ class TrainConfig:
     micro_batch: int | Literal["auto"] = "auto"
     """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
     most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout."""
+    step: Step = "packed"
+    """packed: one pass for all objectives, without padding and without what no loss reads. original: a pass for each
+    objective, as in the original. Both give the same losses and gradients; dropout draws other numbers."""
+    share_texts: bool = False
+    """Not exact while the language tower has dropout: encode a text once for all objectives of the packed step that see
+    it unmasked, so that they see the same dropout."""
+    checkpoint_activations: bool = False
+    """Exact: the packed step keeps only what its layers start from and computes the rest again in the backward pass,
+    which takes less memory and about a third more time."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
     device: str = "auto"
@@ -314,9 +327,17 @@ class TrainConfig:
             raise UserError("train.num_steps or train.num_epochs must say when training ends; both are None.")
         if self.validate_every_epochs is not None and self.validate_every_epochs <= 0:
             raise UserError(f"train.validate_every_epochs must be positive, got {self.validate_every_epochs}.")
+        if self.step == "original" and (self.share_texts or self.checkpoint_activations):
+            raise UserError("train.share_texts and train.checkpoint_activations are options of train.step packed only.")
         for name in ("num_workers", "num_pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
+
+    def step_options(self) -> dict[str, Any]:
+        """Returns what the model's forward pass is told."""
+        if self.step == "original":
+            return {"step": self.step}
+        return {"share_texts": self.share_texts, "checkpoint_activations": self.checkpoint_activations}
 
 
 @dataclass(frozen=True, kw_only=True)

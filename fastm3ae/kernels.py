@@ -21,6 +21,7 @@ from fastm3ae.kernels.gather_image_patches import gather_image_patches  # noqa: 
 from fastm3ae.kernels.gather_patches import gather_patches, scatter_patches_  # noqa: E402
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
+from fastm3ae.kernels.packed_attention import packed_attention  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 from fastm3ae.kernels.restore_patches import restore_patches  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "gather_patches",
     "masked_pixel_loss",
     "masked_token_loss",
+    "packed_attention",
     "random_patch_order",
     "random_patch_order_from_seed",
     "resize_crop",

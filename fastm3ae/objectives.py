@@ -66,11 +66,10 @@ def mlm(outputs: MLMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
 
 def mim(outputs: MIMOutputs, batch: PretrainBatch, config: M3AEConfig) -> Loss:
     """Mean square error of the pixels, averaged over a patch's pixels and the batch's hidden patches."""
-    pred_BNP, is_hidden_BN = outputs
     loss = masked_pixel_loss(
-        pred_BNP,
+        outputs.pred,
         batch.image_BCHW,
-        is_hidden_BN,
+        outputs.hidden,
         patch_size_px=config.vision.patch_size_px,
         normalize_target=config.mim.normalize_target,
     )

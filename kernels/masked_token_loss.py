@@ -224,7 +224,8 @@ def masked_token_loss(tokens_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labe
     """
     check_one_device(tokens=tokens_MD, weight=weight_VD, bias=bias_V, labels=labels_M)
     device = tokens_MD.device
-    if torch.is_autocast_enabled(device.type) and tokens_MD.dtype == torch.float32:
+    can_autocast = torch.amp.is_autocast_available(device.type)  # not on "meta"
+    if can_autocast and torch.is_autocast_enabled(device.type) and tokens_MD.dtype == torch.float32:
         tokens_MD = tokens_MD.to(torch.get_autocast_dtype(device.type))
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (device.type == "cpu")
     if tokens_MD.dim() != 2 or tokens_MD.dtype not in dtypes:

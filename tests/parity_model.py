@@ -150,7 +150,7 @@ def observe(model: M3AE, objective: str, batch: ImageTextBatch) -> dict[str, Ten
         normalized = (patches - mean) / (variance + 1e-6).sqrt()
         seen["mim_target"] = normalized if model.config.mim.normalize_target else patches
     elif objective == "itm":
-        image = image.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
+        image = torch.cat([image, batch.false_image_FCHW])[batch.itm_index_B]
         seen["itm_labels"] = batch.itm_labels_B.to(image.dtype)
     elif objective == "retrieval":
         ids = torch.cat([ids[:, None], batch.false_text_ids_BRT], 1)
@@ -165,7 +165,7 @@ def observe(model: M3AE, objective: str, batch: ImageTextBatch) -> dict[str, Ten
         seen[f"multi_modal_{stream}_feats"] = features[-1]
         if objective == "mim":
             seen[f"mim_{stream}_feats"] = features[model.config.mim.layer]
-    seen["multi_modal_cls_feats"] = model.pool(states)
+    seen["multi_modal_cls_feats"] = model.pool(states.text[-1], states.image[-1])
     seen["extended_text_masks"] = is_padding[:, None, None, :].to(image.dtype) * -10000.0
     if objective == "vqa":
         padded = batch.answer_ids_BA.where(batch.answer_ids_BA >= 0, model.config.num_answers)
@@ -182,13 +182,13 @@ def run(model: M3AE, objective: str, batch: ImageTextBatch) -> tuple[dict[str, T
     if objective == "mlm":
         logits = model.mlm_logits(batch)
     else:
-        logits = output.pred_BNP if objective == "mim" else output
+        logits = output.pred if objective == "mim" else output
     official = OFFICIAL_OBJECTIVES.get(objective, objective)
     seen[{"mlm": "mlm_logits_masked", "retrieval": "irtr_score"}.get(objective, f"{official}_logits")] = logits
     seen["loss"] = loss.mean
     if objective == "mim":
         seen["loss_norm_pix_false"] = masked_pixel_loss(
-            logits, batch.image_BCHW, output.is_hidden_BN,
+            logits, batch.image_BCHW, output.hidden,
             patch_size_px=model.config.vision.patch_size_px, normalize_target=False,
         )  # fmt: skip
     return {name: tensor.detach() for name, tensor in seen.items()}, loss

@@ -89,7 +89,7 @@ def test_no_false_image_is_decoded_in_vain(corpus, decoded):
 
 
 def test_without_image_text_matching_nothing_false_is_decoded(corpus, decoded):
-    batch = pretrain_batches(corpus, draw_false_images=False, num_patches=0)[BatchRequest(0, 0, list(range(8)))]
+    batch = pretrain_batches(corpus, false_images=None, num_patches=0)[BatchRequest(0, 0, list(range(8)))]
     assert len(decoded) == 8 and batch.false_image_FCHW.shape == (0, 3, SIZE, SIZE)
     assert batch.itm_labels_B.tolist() == [1] * 8 and batch.patch_noise_BN.shape == (8, 0)
 
@@ -111,3 +111,17 @@ def test_batches_move_as_a_whole(corpus):
     tensors = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)]
     assert {"image_BCHW", "mlm_labels_BT", "false_image_FCHW", "patch_noise_BN"} <= set(tensors)
     assert all(getattr(moved, name).is_meta for name in tensors)
+
+
+def test_false_images_of_the_batch_are_those_of_other_pairs(corpus, decoded):
+    batch = pretrain_batches(corpus, false_images="batch")[BatchRequest(0, 0, list(range(8)))]
+    assert len(decoded) == 8 and batch.false_image_FCHW.shape == (0, 3, SIZE, SIZE)
+    own = torch.arange(8)
+    assert torch.equal(batch.itm_index_B == own, batch.itm_labels_B == 1) and batch.itm_labels_B.sum() == 4
+    assert ((batch.itm_index_B >= 0) & (batch.itm_index_B < 8)).all()
+    assert np.array_equal(batch.itm_rows_B, batch.itm_index_B.numpy())
+    seen = {
+        pretrain_batches(corpus, false_images="batch")[BatchRequest(e, 0, [0, 1, 2, 3])].itm_index_B[0].item()
+        for e in range(40)
+    }
+    assert seen == {0, 1, 2, 3}

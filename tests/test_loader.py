@@ -152,7 +152,7 @@ def test_bad_samples_are_skipped_and_noted(tmp_path):
 def test_a_batch_without_a_good_pair_is_passed_over(tmp_path):
     write_pairs(tmp_path / "a_val.arrow", caption_rows(12, bad=range(2, 12)))  # pairs 0, 1 and 2 are good
     options = {"batch_size": 4, "is_training": False, "on_bad_sample": "skip"}
-    loader = Loader(pretrain_batches([tmp_path / "a_val.arrow"], draw_false_images=False), **options)
+    loader = Loader(pretrain_batches([tmp_path / "a_val.arrow"], false_images=None), **options)
     (batch,) = batches_of(loader, 0)
     assert len(batch) == 3 and loader.state() == (0, 6) and len(loader.bad_samples) == 21
     assert len(list(batches_of(loader, 1))) == 1 and len(loader.bad_samples) == 21  # counted anew

@@ -54,9 +54,9 @@ def test_hidden_patches_are_not_seen():
     pred, is_hidden = model.mim(batch)
     pixels = is_hidden.view(-1, 4, 4).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
     other = dataclasses.replace(batch, image_BCHW=batch.image_BCHW + pixels * torch.randn_like(batch.image_BCHW))
-    assert torch.equal(model.mim(other).pred_BNP, pred)
+    assert torch.equal(model.mim(other).pred, pred)
     visible = dataclasses.replace(batch, image_BCHW=batch.image_BCHW + ~pixels * 0.1)
-    assert not torch.allclose(model.mim(visible).pred_BNP, pred)
+    assert not torch.allclose(model.mim(visible).pred, pred)
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 1, 2])
@@ -66,7 +66,7 @@ def test_mim_reads_the_configured_layer(layer):
     keep, restore, _ = split_patches(batch.patch_noise_BN, 0.75)
     text = model.encode_text(batch.text_ids_BT, batch.is_padding_BT)
     states = model.fusion(text, model.encode_image(batch.image_BCHW, keep), batch.is_padding_BT)
-    assert torch.equal(model.mim_decoder(states.image[layer], restore), model.mim(batch).pred_BNP)
+    assert torch.equal(model.mim_decoder(states.image[layer], restore), model.mim(batch).pred)
 
 
 def test_itm_sees_the_false_images_where_the_label_is_0():

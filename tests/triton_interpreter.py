@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 holds for a whole process, so test_triton_interpreter.py runs
 import pytest
 import test_gather_image_patches as image_patches
 import test_gather_patches as patches
+import test_packed_attention as attention
 import test_random_patch_order as order
 import test_restore_patches as restored
 import torch
@@ -13,6 +14,8 @@ import torch
 from fastm3ae.kernels import (
     gather_image_patches_triton,
     gather_patches_triton,
+    packed_attention_backward_triton,
+    packed_attention_triton,
     random_patch_order_triton,
     restore_patches_triton,
 )
@@ -22,6 +25,7 @@ from fastm3ae.kernels.gather_patches import (
     gather_patches_reference,
     scatter_patches_reference_,
 )
+from fastm3ae.kernels.packed_attention import philox_is_kept
 from fastm3ae.kernels.random_patch_order import random_patch_order_from_seed_reference, random_patch_order_reference
 from fastm3ae.kernels.restore_patches import restore_patches_backward_reference, restore_patches_reference
 
@@ -39,8 +43,8 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys(
 
 
 def cases(table):
-    """The cases of an op's own tests but the official one, over which the interpreter takes a minute."""
-    small = {name: case for name, case in table.items() if name != "official"}
+    """The cases of an op's own tests but the official ones, over which the interpreter takes a minute."""
+    small = {name: case for name, case in table.items() if not name.startswith("official")}
     return pytest.mark.parametrize("case", small.values(), ids=small.keys())
 
 
@@ -124,3 +128,45 @@ def test_restore_patches_backward(case, dtypes):
     _, exact = restore_patches_backward_reference(grad.double(), restore, case.num_kept)
     assert torch.equal(got_x, want_x)
     assert_sums_agree(got, eager, exact)
+
+
+@cases(attention.CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("num_dropped", [0, attention.NUM_DROPPED])
+def test_packed_attention(case, dtype, num_dropped):
+    inputs, seed = case.inputs(dtype), torch.tensor(-(2**40) - 3)
+    kept = {}
+    if num_dropped:
+        kept["is_kept"] = philox_is_kept(seed, num_dropped, *case.offsets(), case.num_heads, case.num_slots)
+    q, k, v, *memory, q_offsets, k_offsets, lens, grad = inputs
+    places = (q_offsets, k_offsets, *memory, seed, *lens.values(), num_dropped)
+    out, lse = packed_attention_triton.launch_packed_attention(q, k, v, *places)
+    launch_backward = packed_attention_backward_triton.launch_packed_attention_backward
+    got = out, *launch_backward(grad, q, k, v, out, lse, *places)
+    exact = attention.out_and_grads(inputs.map(torch.Tensor.double), attention.eager, **kept)
+    attention.assert_at_most_twice_the_error(got, attention.out_and_grads(inputs, attention.eager, **kept), exact)
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 64)], ids=str)
+def test_packed_attention_drops_the_same_whatever_the_blocks(blocks, monkeypatch):
+    case, seed = attention.CASES["prime"], torch.tensor(11)
+    q, k, v, *memory, q_offsets, k_offsets, lens, _ = case.inputs()
+    places = (q_offsets, k_offsets, *memory, seed, *lens.values(), attention.NUM_DROPPED)
+    want, _ = packed_attention_triton.launch_packed_attention(q, k, v, *places)
+    sizes = {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    monkeypatch.setattr(packed_attention_triton, "forward_blocks", lambda dtype, max_q_len: sizes)
+    got, _ = packed_attention_triton.launch_packed_attention(q, k, v, *places)
+    torch.testing.assert_close(got, want)
+
+
+def test_packed_attention_of_strided_inputs():
+    q, k, v, *memory, q_offsets, k_offsets, lens, grad = attention.CASES["odd"].inputs()
+    places = (q_offsets, k_offsets, *memory, None, *lens.values(), 0)
+    fused = torch.stack([k, v, k], dim=1)
+    variants = [(q, k, v, grad), (q.mT.contiguous().mT, fused[:, 2], fused[:, 1], grad.mT.contiguous().mT)]
+    results = []
+    for *qkv, grad in variants:
+        out, lse = packed_attention_triton.launch_packed_attention(*qkv, *places)
+        launch_backward = packed_attention_backward_triton.launch_packed_attention_backward
+        results.append((out, *launch_backward(grad, *qkv, out, lse, *places)))
+    patches.assert_all_equal(*results)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class ImageTextBatch:
         texts: The B texts as they stand in the file.
         item_ids: The B image ids.
         bad_samples: What was left out of this batch; its rows are not among the B pairs.
+        num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
+
+    Raises:
+        ValueError: A text has padding in front of a token.
     """
 
     image_BCHW: Tensor
@@ -36,6 +41,12 @@ class ImageTextBatch:
     texts: list[str]
     item_ids: list[str]
     bad_samples: list[BadSample]
+    num_tokens_B: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
+        if self.num_tokens_B is None:
+            self.num_tokens_B = _count_tokens(self.is_padding_BT)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -66,8 +77,12 @@ class PretrainBatch(ImageTextBatch):
         false_image_FCHW: (F, 3, S, S) uint8, the false images of the pairs with label 0, in their order.
         patch_noise_BN: (B, N) float32 in [0, 1), whose order decides which patches are hidden; N is 0 where the loader
             was given no patches.
-        masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); made from mlm_labels_BT.
-        false_index_F: (F,) int64, which pairs have the false images; made from itm_labels_B.
+        masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); None: made from
+            mlm_labels_BT, and so must it be where these are replaced.
+        masked_rows_M: The same on the host; made with it.
+        itm_index_B: (B,) int64, which image each pair sees in image-text matching: 0 ... B - 1 are the batch's own,
+            then come the false ones; None: its own where the label is 1, else the next false one.
+        itm_rows_B: The same on the host; made with it.
     """
 
     mlm_ids_BT: Tensor
@@ -76,14 +91,21 @@ class PretrainBatch(ImageTextBatch):
     false_image_FCHW: Tensor
     patch_noise_BN: Tensor
     masked_index_M: Tensor | None = None
-    false_index_F: Tensor | None = None
+    masked_rows_M: np.ndarray | None = None
+    itm_index_B: Tensor | None = None
+    itm_rows_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        # Made here, on the host: finding them on a GPU would make the training step wait for it.
+        super().__post_init__()
         if self.masked_index_M is None:
             self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
-        if self.false_index_F is None:
-            self.false_index_F = (self.itm_labels_B == 0).nonzero().flatten()
+            self.masked_rows_M = _on_host(self.masked_index_M)
+        if self.itm_index_B is None:
+            is_false_B = self.itm_labels_B == 0
+            own_B = torch.arange(len(is_false_B), device=is_false_B.device)
+            self.itm_index_B = torch.where(is_false_B, len(is_false_B) - 1 + is_false_B.cumsum(dim=0), own_B)
+        if self.itm_rows_B is None:
+            self.itm_rows_B = _on_host(self.itm_index_B)
 
 
 @dataclass(kw_only=True)
@@ -124,8 +146,33 @@ class RetrievalBatch(ImageTextBatch):
         false_text_ids_BRT: (B, R, T) int64, padded to the T of the true texts.
         is_false_text_padding_BRT: (B, R, T) bool, True at padding.
         false_texts: The R drawn texts of each pair.
+        num_false_tokens_BR: How many tokens of each are not padding, on the host; made from is_false_text_padding_BRT.
     """
 
     false_text_ids_BRT: Tensor
     is_false_text_padding_BRT: Tensor
     false_texts: list[list[str]]
+    num_false_tokens_BR: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_false_tokens_BR is None:
+            self.num_false_tokens_BR = _count_tokens(self.is_false_text_padding_BRT)
+
+    def candidates(self) -> tuple[Tensor, np.ndarray]:
+        """Returns the ids (B, 1 + R, T) of each image's texts, its own first, and how many tokens they have."""
+        ids_BRT = torch.cat([self.text_ids_BT[:, None], self.false_text_ids_BRT], dim=1)
+        return ids_BRT, np.concatenate([self.num_tokens_B[:, None], self.num_false_tokens_BR], axis=1)
+
+
+def _count_tokens(is_padding: Tensor) -> np.ndarray:
+    """Returns how many tokens stand before the padding, which must be at the end."""
+    is_padding = is_padding.cpu()
+    if (is_padding[..., :-1] & ~is_padding[..., 1:]).any():
+        raise ValueError("is_padding must be False at all tokens of a text and True behind its last one, got a gap")
+    return _on_host((~is_padding).sum(dim=-1))
+
+
+def _on_host(x: Tensor) -> np.ndarray:
+    # A copy, because a worker process moves the tensor's memory, which the array would go on looking at.
+    return x.cpu().numpy().copy()

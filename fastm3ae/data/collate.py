@@ -9,7 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -63,9 +63,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSample:
-    """A sample with its draws for pre-training; no false image where image-text matching sees the true one."""
+    """A sample with its draws for pre-training; no false image where image-text matching sees one of the batch."""
 
     sample: Sample
+    is_true: bool
+    other: float
+    """In [0, 1): which other pair of the pass has the false image."""
     false_image_CHW: Tensor | None
     is_selected_T: np.ndarray
     is_replaced_T: np.ndarray
@@ -155,7 +158,8 @@ class PretrainBatches(Batches):
     """Pairs with their masks and false images.
 
     A batch's labels for image-text matching are floor(B / 2) ones, the rest zeros, permuted. A false image is drawn
-    uniformly over all pairs of the pair's own data set, which may give the true one; it is decoded for label 0 only.
+    uniformly over all pairs of the pair's own data set, which may give the true one, and decoded for label 0 only; or
+    it is that of another pair of the same pass.
 
     Args:
         dataset: The pairs.
@@ -164,7 +168,8 @@ class PretrainBatches(Batches):
         max_text_tokens: Texts are cut to so many tokens, CLS and SEP included.
         masking: Which words are to be predicted.
         num_patches: Numbers of noise per image; 0 where no patch will be hidden.
-        draw_false_images: False where image-text matching is not trained: every label is then 1.
+        false_images: Where they are drawn from, the data set ("data") or the pass ("batch"); None where image-text
+            matching is not trained: every label is then 1.
         seed: Seed of every draw.
 
     Source: ``compute_itm`` in the original's modules/objectives.py, ``get_false_image`` in datasets/base_dataset.py.
@@ -179,11 +184,11 @@ class PretrainBatches(Batches):
         max_text_tokens: int,
         masking: MaskingConfig,
         num_patches: int,
-        draw_false_images: bool = True,
+        false_images: Literal["data", "batch"] | None = "data",
         seed: int = 0,
     ) -> None:
         super().__init__(dataset, tokenizer, transform, max_text_tokens=max_text_tokens, seed=seed)
-        self.masking, self.num_patches, self.draw_false_images = masking, num_patches, draw_false_images
+        self.masking, self.num_patches, self.false_images = masking, num_patches, false_images
         self.vocab_size, self.special_ids = len(tokenizer), frozenset(tokenizer.all_special_ids)
 
     def __getitem__(self, request: BatchRequest) -> PretrainBatch:
@@ -204,21 +209,28 @@ class PretrainBatches(Batches):
             padded([sample.random_ids_T for sample in samples], np.int64),
             self.tokenizer.mask_token_id,
         )
-        false_images = [sample.false_image_CHW for sample in samples]
+        false_images = [sample.false_image_CHW for sample in samples if sample.false_image_CHW is not None]
+        is_true_B = np.array([sample.is_true for sample in samples], dtype=np.bool_)
+        itm_index_B = None
+        if self.false_images == "batch":
+            own_B, num = np.arange(len(samples)), len(samples)
+            steps_B = 1 + np.array([int(sample.other * (num - 1)) for sample in samples], dtype=np.int64)
+            itm_index_B = torch.from_numpy(np.where(is_true_B, own_B, (own_B + steps_B) % max(1, num)))
         return PretrainBatch(
             **fields,
             mlm_ids_BT=mlm_ids_BT,
             mlm_labels_BT=mlm_labels_BT,
-            itm_labels_B=torch.tensor([image is None for image in false_images], dtype=torch.int64),
-            false_image_FCHW=stack([image for image in false_images if image is not None], image_BCHW.shape[1:]),
+            itm_labels_B=torch.from_numpy(is_true_B.astype(np.int64)),
+            false_image_FCHW=stack(false_images, image_BCHW.shape[1:]),
             patch_noise_BN=pad([sample.patch_noise_N for sample in samples], self.num_patches, np.float32, 0),
+            itm_index_B=itm_index_B,
         )
 
     def _draw_is_true(self, request: BatchRequest) -> np.ndarray:
         """Returns for each pair of the request whether image-text matching sees its true image."""
         num_pairs = len(request.pairs)
         rank_B = keyed_rng(self.seed, request.epoch, OF_BATCH, request.batch).permutation(num_pairs)
-        return rank_B < (num_pairs // 2 if self.draw_false_images else num_pairs)
+        return rank_B < (num_pairs if self.false_images is None else num_pairs // 2)
 
     def _pretrain_sample(self, pair: int, rng: np.random.Generator, is_true: bool) -> PretrainSample:
         sample = self._sample(pair, rng)
@@ -232,7 +244,9 @@ class PretrainBatches(Batches):
             is_random_T=is_random_T,
             random_ids_T=random_ids_T,
             patch_noise_N=rng.random(self.num_patches, dtype=np.float32),
-            false_image_CHW=None if is_true else self._image(false_pair, rng),
+            is_true=is_true,
+            other=rng.random() if self.false_images == "batch" else 0.0,
+            false_image_CHW=self._image(false_pair, rng) if not is_true and self.false_images == "data" else None,
         )
 
     def _select(self, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:

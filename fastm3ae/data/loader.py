@@ -220,7 +220,7 @@ def pretrain_loader(
         max_text_tokens=data.max_text_tokens,
         masking=config.masking,
         num_patches=(vision.image_size_px // vision.patch_size_px) ** 2 if "mim" in config.model.objectives else 0,
-        draw_false_images="itm" in config.model.objectives,
+        false_images=config.data.itm_negatives if "itm" in config.model.objectives else None,
         seed=config.seed,
     )
     return Loader(

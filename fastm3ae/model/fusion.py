@@ -59,12 +59,21 @@ class CoAttentionLayer(nn.Module):
             is_padding_BQ: True at this stream's padding; None: there is none.
             other_is_padding_BS: The same for the other stream.
         """
-        context_BQD = self._attend(*self.self_qkv(x_BQD).chunk(3, dim=-1), is_padding_BQ)
-        x_BQD = self.self_norm(x_BQD + self._drop(self.self_out(context_BQD)))
-        context_BQD = self._attend(self.cross_q(x_BQD), *self.cross_kv(other_BSD).chunk(2, dim=-1), other_is_padding_BS)
-        x_BQD = self.cross_norm(x_BQD + self._drop(self.cross_out(context_BQD)))
-        hidden_BQD = self.mlp_out(F.gelu(self.mlp_in(x_BQD)))
-        return self.mlp_norm(x_BQD + self._drop(hidden_BQD))
+        x_BQD = self.add_self(x_BQD, self._attend(*self.self_qkv(x_BQD).chunk(3, dim=-1), is_padding_BQ))
+        q_BQD, (k_BSD, v_BSD) = self.cross_q(x_BQD), self.cross_kv(other_BSD).chunk(2, dim=-1)
+        return self.add_mlp(self.add_cross(x_BQD, self._attend(q_BQD, k_BSD, v_BSD, other_is_padding_BS)))
+
+    def add_self(self, x: Tensor, context: Tensor) -> Tensor:
+        """Adds what self-attention gathered to the tokens (..., D), and normalises."""
+        return self.self_norm(x + self._drop(self.self_out(context)))
+
+    def add_cross(self, x: Tensor, context: Tensor) -> Tensor:
+        """Adds what cross-attention gathered to the tokens (..., D), and normalises."""
+        return self.cross_norm(x + self._drop(self.cross_out(context)))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Adds the feed-forward network's part to the tokens (..., D), and normalises."""
+        return self.mlp_norm(x + self._drop(self.mlp_out(F.gelu(self.mlp_in(x)))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout_frac, self.training)

@@ -97,17 +97,37 @@ class MIMDecoder(nn.Module):
         self.norm = norm(width)
         self.pixels = nn.Linear(width, 3 * patch_size_px**2)
 
-    def forward(self, visible_BLD: Tensor, restore_BN: Tensor) -> Tensor:
-        """Returns predicted pixels (B, N, P) of all patches, in (row, column, channel) order within a patch.
+    def forward(self, visible_BLD: Tensor, restore_BN: Tensor, hidden_BU: Tensor | None = None) -> Tensor:
+        """Returns predicted pixels in (row, column, channel) order within a patch: (B, N, P), or (B, U, P).
 
         Args:
             visible_BLD: Features of CLS and the K visible patches, in the order in which they were kept.
             restore_BN: int64; for each patch its place in "kept patches, then hidden patches".
+            hidden_BU: int64 indices of the patches whose pixels are wanted; None: all, in image order.
         """
         x_BLD = restore_patches(self.embed(visible_BLD), restore_BN, self.mask_token[0, 0], self.positions[0])
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BLD = block(x_BLD)
-        return self.pixels(self.norm(x_BLD)[:, 1:])
+        x_BLD = last(x_BLD)[:, 1:] if hidden_BU is None else _rows_of_block(last, x_BLD, hidden_BU + 1)
+        return self.pixels(self.norm(x_BLD))
+
+
+def _rows_of_block(block: Block, x_BLD: Tensor, rows_BU: Tensor) -> Tensor:
+    """Returns the rows (B, U, D) of what a block makes of x: the others are only keys and values."""
+    attention, width = block.attn, x_BLD.shape[-1]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+    index_BUD = rows_BU[..., None].expand(-1, -1, width)
+    normed_BLD = block.norm1(x_BLD)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q_BUD = F.linear(normed_BLD.gather(1, index_BUD), weight[:width], bias[:width])
+    k_BLD, v_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
+    context_BHUd = F.scaled_dot_product_attention(heads(q_BUD), heads(k_BLD), heads(v_BLD))
+    x_BUD = x_BLD.gather(1, index_BUD) + attention.proj(context_BHUd.transpose(1, 2).flatten(2))
+    return x_BUD + block.mlp(block.norm2(x_BUD))
 
 
 def sincos_positions(width: int, grid: int) -> np.ndarray:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastm3ae.config import M3AEConfig
+from fastm3ae.config import M3AEConfig, Step
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
 from fastm3ae.masking import split_patches
-from fastm3ae.model.fusion import CoAttentionFusion, FusionStates
+from fastm3ae.model.fusion import CoAttentionFusion
 from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, MLMOutputs, Pooler
+from fastm3ae.model.packed_step import run_packed
 from fastm3ae.model.text import build_text, encode_tokens
 from fastm3ae.model.vision import build_vision, encode_pixels
 
@@ -28,12 +29,12 @@ class MIMOutputs(NamedTuple):
     """What masked image modelling gives.
 
     Args:
-        pred_BNP: Predicted pixels of all patches.
-        is_hidden_BN: True where a patch was hidden from the encoder.
+        pred: Predicted pixels of all patches (B, N, P), or of the hidden ones alone (B, U, P).
+        hidden: (B, N) bool, True where a patch was hidden from the encoder, or (B, U) int64, the hidden patches.
     """
 
-    pred_BNP: Tensor
-    is_hidden_BN: Tensor
+    pred: Tensor
+    hidden: Tensor
 
 
 class M3AE(nn.Module):
@@ -105,28 +106,31 @@ class M3AE(nn.Module):
         hidden_BLD = encode_pixels(self.vision, image_BCHW, keep_BK)
         return self.image_proj(hidden_BLD) + self.modality_embeddings.weight[1]
 
-    def pool(self, states: FusionStates) -> Tensor:
-        """Returns the pooled text and image features (B, 2 D) of the last fusion layer.
+    def pool(self, text_BTD: Tensor, image_BLD: Tensor) -> Tensor:
+        """Returns the pooled features (B, 2 D) of what the last fusion layer gives.
 
         The image is pooled from CLS, or from the mean over all tokens where the tower (Swin) has no CLS.
         """
-        image_BLD = states.image[-1]
         if self.config.vision.kind == "swin":
             image_BLD = image_BLD.mean(dim=1, keepdim=True)
-        return torch.cat([self.text_pooler(states.text[-1]), self.image_pooler(image_BLD)], dim=-1)
+        return torch.cat([self.text_pooler(text_BTD), self.image_pooler(image_BLD)], dim=-1)
 
     def cls_features(self, image_BCHW: Tensor, ids_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
         """Returns the pooled features (B, 2 D) of unmasked images and texts."""
         text_BTD = self.encode_text(ids_BT, is_padding_BT)
-        return self.pool(self.fusion(text_BTD, self.encode_image(image_BCHW), is_padding_BT))
+        states = self.fusion(text_BTD, self.encode_image(image_BCHW), is_padding_BT)
+        return self.pool(states.text[-1], states.image[-1])
 
     def mlm(self, batch: PretrainBatch) -> MLMOutputs:
         """Predicts the masked tokens from the masked text and the whole image.
 
         The loss is made here, within the pass, because its logits are never there as a whole.
         """
-        labels_M = batch.mlm_labels_BT.flatten()[batch.masked_index_M]
-        return self.mlm_head.loss(self._masked_tokens(batch), labels_M)
+        return self.mlm_outputs(self._masked_tokens(batch), batch)
+
+    def mlm_outputs(self, tokens_MD: Tensor, batch: PretrainBatch) -> MLMOutputs:
+        """Returns the loss at the masked tokens, given their features."""
+        return self.mlm_head.loss(tokens_MD, batch.mlm_labels_BT.flatten()[batch.masked_index_M])
 
     def mlm_logits(self, batch: PretrainBatch) -> Tensor:
         """Returns the logits (M, V) of the masked tokens, for those who want to see the predictions."""
@@ -146,9 +150,17 @@ class M3AE(nn.Module):
         states = self.fusion(text_BTD, image_BLD, batch.is_padding_BT, num_layers=None if layer == -1 else layer)
         return MIMOutputs(self.mim_decoder(states.image[-1], restore_BN), is_hidden_BN)
 
+    def mim_outputs_of_hidden(self, image_BLD: Tensor, restore_BN: Tensor) -> MIMOutputs:
+        """Rebuilds the hidden patches alone from the features of CLS and the visible ones."""
+        num_kept = image_BLD.shape[1] - 1
+        rank_BN = torch.arange(restore_BN.shape[1], device=restore_BN.device).expand_as(restore_BN)
+        order_BN = torch.empty_like(restore_BN).scatter_(1, restore_BN, rank_BN)
+        hidden_BU = order_BN[:, num_kept:].contiguous()
+        return MIMOutputs(self.mim_decoder(image_BLD, restore_BN, hidden_BU), hidden_BU)
+
     def itm(self, batch: PretrainBatch) -> Tensor:
         """Returns the logits (B, 2) of "image and text belong together" (index 1), half of the images being false."""
-        image_BCHW = batch.image_BCHW.index_copy(0, batch.false_index_F, batch.false_image_FCHW)
+        image_BCHW = torch.cat([batch.image_BCHW, batch.false_image_FCHW])[batch.itm_index_B]
         return self.itm_head(self.cls_features(image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
 
     def vqa(self, batch: ImageTextBatch) -> Tensor:
@@ -167,16 +179,25 @@ class M3AE(nn.Module):
         # The vision tower has no dropout, so encoding an image once is what encoding it for each text gives.
         image_BLD = self.encode_image(batch.image_BCHW).repeat_interleave(num_texts, dim=0)
         text_BTD = self.encode_text(ids_BRT.flatten(0, 1), is_padding_BRT.flatten(0, 1))
-        cls_BE = self.pool(self.fusion(text_BTD, image_BLD, is_padding_BRT.flatten(0, 1)))
-        return self.retrieval_head(cls_BE).view(-1, num_texts)
+        states = self.fusion(text_BTD, image_BLD, is_padding_BRT.flatten(0, 1))
+        return self.retrieval_head(self.pool(states.text[-1], states.image[-1])).view(-1, num_texts)
 
-    def forward(self, batch: ImageTextBatch) -> dict[str, Any]:
-        """Runs the pass of each of the model's objectives.
+    def forward(self, batch: ImageTextBatch, step: Step = "packed", **options: bool) -> dict[str, Any]:
+        """Runs the passes of the model's objectives: in one packed pass, or one after another.
+
+        Both give the same losses and gradients. The packed pass computes no row that no loss reads, and no padding.
+
+        Args:
+            batch: A batch on the model's device, images normalised.
+            step: Which.
+            **options: Those of the packed pass, see ``fastm3ae.model.packed_step.run_packed``.
 
         Returns:
             For each objective in ``config.objectives``, by name, what ``fastm3ae.objectives`` makes its loss of.
         """
-        return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
+        if step == "original":
+            return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
+        return run_packed(self, batch, **options)
 
 
 def _init_weights(module: nn.Module, std: float) -> None:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from fastm3ae.config import VisionConfig
 from fastm3ae.kernels import gather_patches
 
-__all__ = ["build_vision", "clip_blocks", "clip_front", "encode_pixels", "resize_bias_tables", "resize_positions"]
+__all__ = [
+    "build_vision",
+    "clip_blocks",
+    "clip_front",
+    "encode_pixels",
+    "num_image_tokens",
+    "resize_bias_tables",
+    "resize_positions",
+]
 
 
 def build_vision(config: VisionConfig) -> VisionTransformer | SwinTransformer:
@@ -91,6 +99,15 @@ def encode_pixels(
         assert keep_BK is None, "the configuration refuses MIM with Swin"
         return vision.forward_features(image_BCHW).flatten(1, 2)
     return clip_blocks(vision, clip_front(vision, image_BCHW, keep_BK))
+
+
+def num_image_tokens(vision: VisionTransformer | SwinTransformer) -> int:
+    """Returns L, the number of tokens that a tower makes of a whole image."""
+    if isinstance(vision, SwinTransformer):
+        height, width = vision.patch_embed.grid_size
+        factor = 2 ** (vision.num_layers - 1)  # each stage but the first halves the grid
+        return (height // factor) * (width // factor)
+    return 1 + vision.patch_embed.num_patches
 
 
 def resize_positions(positions_ND: Tensor, num_patches: int) -> Tensor:

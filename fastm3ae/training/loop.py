@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import PretrainConfig, TrainConfig
+from fastm3ae.config import DataConfig, PretrainConfig, TrainConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.images import normalization, normalize
@@ -22,20 +22,48 @@ from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.interrupt import StopRequest
+from fastm3ae.training.memory import explain_full_memory
 from fastm3ae.training.meter import Meter
 from fastm3ae.training.run_folder import RunFolder
 from fastm3ae.training.step import OptimizerStep
 from fastm3ae.training.validation import draw_reconstructions, validate
 
-__all__ = ["Trainer", "autocast_context"]
+__all__ = ["Trainer", "autocast_context", "batch_mover", "build_step", "compute_dtype"]
+
+
+def compute_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    """Returns in which type the model multiplies: the configured one on a GPU, float32 on a CPU."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return dtypes[train.precision] if device.type == "cuda" else torch.float32
 
 
 def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Returns what makes the context in which the model computes: autocast on a GPU, nothing on a CPU."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if device.type != "cuda" or train.precision not in dtypes:
-        return nullcontext
-    return partial(torch.autocast, "cuda", dtype=dtypes[train.precision])
+    """Returns what makes the context in which the model computes: autocast on a GPU, nothing in float32."""
+    dtype = compute_dtype(train, device)
+    return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
+
+
+def batch_mover(data: DataConfig, device: torch.device) -> Callable[[PretrainBatch], PretrainBatch]:
+    """Returns what copies a batch to the device and normalises its images there."""
+    mean, std = (statistic.to(device) for statistic in normalization(data.val_transform))
+
+    def move(batch: PretrainBatch) -> PretrainBatch:
+        batch = batch.to(device, non_blocking=True)
+        return dataclasses.replace(
+            batch,
+            image_BCHW=normalize(batch.image_BCHW, mean, std),
+            false_image_FCHW=normalize(batch.false_image_FCHW, mean, std),
+        )
+
+    return move
+
+
+def build_step(config: PretrainConfig, model: M3AE, num_steps: int, processes: Processes) -> OptimizerStep:
+    """Returns what makes the run's steps on the model."""
+    train, device = config.train, processes.device
+    is_fp16 = compute_dtype(train, device) == torch.float16
+    autocast = autocast_context(train, device)
+    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, train.step_options())
 
 
 class Trainer:
@@ -63,7 +91,7 @@ class Trainer:
         processes: Processes,
         fingerprints: dict[str, str],
     ) -> None:
-        train, device = config.train, processes.device
+        train = config.train
         self.config, self.tokenizer, self.model, self.run_folder = config, tokenizer, model, run_folder
         self.train_loader, self.val_loader, self.processes = train_loader, val_loader, processes
         self.fingerprints = fingerprints
@@ -72,14 +100,12 @@ class Trainer:
         self.validate_every = train.validate_every_steps
         if train.validate_every_epochs is not None:
             self.validate_every = max(1, round(train.validate_every_epochs * len(train_loader)))
-        self.autocast = autocast_context(train, device)
-        is_fp16 = device.type == "cuda" and train.precision == "fp16"
-        self.make_step = OptimizerStep(model, config.optim, self.num_steps, processes, self.autocast, is_fp16)
+        self.make_step = build_step(config, model, self.num_steps, processes)
         self.checkpointer = None
         if run_folder is not None:
             self.checkpointer = Checkpointer(run_folder.path / "checkpoints", train.keep_checkpoints)
         self.meter = Meter(processes)
-        self.mean, self.std = (t.to(device) for t in normalization(config.data.val_transform))
+        self._to_device = batch_mover(config.data, processes.device)
         self.stop = StopRequest(is_quiet=not processes.is_first)
         self.step, self.saved_step, self.validated_step = 0, None, None
         self.position = (0, 0)  # epoch and batch to go on with
@@ -136,13 +162,8 @@ class Trainer:
             self._stop_early()
 
     def _try_step(self, pieces: list[PretrainBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
-        try:
+        with explain_full_memory(self.processes.device, self.step + 1, self.config.train.micro_batch):
             return self.make_step(pieces, totals)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"The memory of {self.processes.device} was full in step {self.step + 1}, with passes of "
-                f"{self.config.train.micro_batch} pairs: give a smaller --train.micro-batch, or auto ({error})"
-            ) from error
 
     def _follow_step(self, bar: tqdm | None = None) -> None:
         """Logs, validates and saves what is due after a step, or after resuming at it."""
@@ -189,14 +210,6 @@ class Trainer:
         self.num_skipped[split] = len(bad) + (self.num_skipped[split] if split == "train" else 0)
         self.num_skipped_now = 0 if split == "train" else self.num_skipped_now
 
-    def _to_device(self, batch: PretrainBatch) -> PretrainBatch:
-        batch = batch.to(self.processes.device, non_blocking=True)
-        return dataclasses.replace(
-            batch,
-            image_BCHW=normalize(batch.image_BCHW, self.mean, self.std),
-            false_image_FCHW=normalize(batch.false_image_FCHW, self.mean, self.std),
-        )
-
     def _log(self, split: str, values: dict[str, float]) -> None:
         if self.run_folder is not None:
             self.run_folder.log(self.step, split, values)
@@ -214,7 +227,7 @@ class Trainer:
                     first[:] = first or [piece]
                     yield piece
 
-        metrics = validate(self.model, pieces(), self.autocast, self.processes)
+        metrics = validate(self.model, pieces(), self.make_step.autocast, self.processes)
         (num_stops,) = self.processes.sum([self.stop.signal is not None])
         if num_stops:
             return
@@ -225,9 +238,9 @@ class Trainer:
             return
         tqdm.write(f"step {self.step}, validation: {_brief(metrics)}")
         if first and "mim" in self.model.config.objectives and self.config.train.num_pictures:
-            mean, std = (t.flatten().tolist() for t in (self.mean, self.std))
+            mean, std = (t.flatten().tolist() for t in normalization(self.config.data.val_transform))
             sheet = draw_reconstructions(
-                self.model, first[0], self.tokenizer, self.config.train.num_pictures, mean, std, self.autocast
+                self.model, first[0], self.tokenizer, self.config.train.num_pictures, mean, std, self.make_step.autocast
             )
             self.run_folder.picture(self.step, "reconstructions", sheet)
 

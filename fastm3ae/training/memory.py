@@ -1,8 +1,8 @@
 """How many pairs a device holds at once: try, and halve until it fits."""
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -12,7 +12,7 @@ from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
 
-__all__ = ["fit_micro_batch", "largest_that_fits"]
+__all__ = ["explain_full_memory", "fit_micro_batch", "largest_that_fits"]
 
 CPU_MICRO_BATCH = 32
 ADAM_STATES = 2  # running means of the gradients and of their squares, each as large as the parameters
@@ -45,7 +45,7 @@ def fit_micro_batch(
         batch = longest_batch(config, num_pairs).to(device)
         for _ in range(2):  # the second beside the gradients of the first
             with autocast():
-                results = objectives.losses(model(batch), batch, model.config)
+                results = objectives.losses(model(batch, **config.train.step_options()), batch, model.config)
             objectives.total(results).backward()
         del reserved
 
@@ -77,6 +77,27 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
         gc.collect()  # the failed attempt's tensors, which its traceback held
         torch.cuda.empty_cache()
         size = -(-size // 2)
+
+
+@contextmanager
+def explain_full_memory(device: torch.device, step: int, micro_batch: int) -> Iterator[None]:
+    """Within it, a step that finds no memory is a user's mistake.
+
+    Args:
+        device: Where the step is made.
+        step: Its number.
+        micro_batch: Pairs of a pass.
+
+    Raises:
+        UserError: The device's memory was full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The memory of {device} was full in step {step}, with passes of {micro_batch} pairs: "
+            f"give a smaller --train.micro-batch, or auto ({error})"
+        ) from error
 
 
 def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:

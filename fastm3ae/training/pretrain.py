@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig, TrainConfig
+from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig
 from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
@@ -23,7 +23,7 @@ from fastm3ae.training.memory import fit_micro_batch
 from fastm3ae.training.resume import check_same_run, find_checkpoint
 from fastm3ae.training.run_folder import RunFolder
 
-__all__ = ["pretrain"]
+__all__ = ["build_loader", "build_model", "pretrain", "with_micro_batch"]
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
@@ -40,17 +40,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         Interrupted: A signal ended the run; what it had is saved.
     """
     processes = Processes(config.train.device)
-    config = processes.from_first(lambda: config)
-    if config.data.draw_demo:
-        processes.from_first(lambda: _draw_demo(config.data.root))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = resolve(config, tokenizer)
-    torch.manual_seed(config.seed)
-    model = M3AE(config.model).to(processes.device)
+    config, tokenizer, model = build_model(processes.from_first(lambda: config), processes)
     checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
     state = None if checkpoint is None else load_training_state(checkpoint)
-    config = dataclasses.replace(config, train=_with_micro_batch(config, model, processes, state))
-    train_loader, val_loader = (_loader(config, tokenizer, split, processes) for split in ("train", "val"))
+    config = with_micro_batch(config, model, processes, state)
+    train_loader, val_loader = (build_loader(config, tokenizer, split, processes) for split in ("train", "val"))
     notes += [*train_loader.dataset.notes, *val_loader.dataset.notes]
     fingerprints = processes.from_first(lambda: _fingerprints(train_loader, val_loader, tokenizer))
     if checkpoint is None:
@@ -85,6 +79,22 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
             run_folder.close()
     processes.close()
     return summary if processes.is_first else None
+
+
+def build_model(config: PretrainConfig, processes: Processes) -> tuple[PretrainConfig, PreTrainedTokenizerFast, M3AE]:
+    """Returns the resolved configuration, the tokenizer, and the model with random weights on the process's device.
+
+    Draws the demo's corpus first, where the run wants it.
+
+    Raises:
+        UserError: Something that the configuration names is missing or does not fit.
+    """
+    if config.data.draw_demo:
+        processes.from_first(lambda: _draw_demo(config.data.root))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = resolve(config, tokenizer)
+    torch.manual_seed(config.seed)
+    return config, tokenizer, M3AE(config.model).to(processes.device)
 
 
 def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainConfig:
@@ -129,23 +139,34 @@ def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
     ]
 
 
-def _with_micro_batch(
-    config: PretrainConfig, model: M3AE, processes: Processes, state: dict[str, Any] | None
-) -> TrainConfig:
-    """Returns ``config.train`` with a number as ``micro_batch``: a resumed run's own, where that is possible."""
+def with_micro_batch(
+    config: PretrainConfig, model: M3AE, processes: Processes, state: dict[str, Any] | None = None
+) -> PretrainConfig:
+    """Returns the configuration with a number as ``train.micro_batch``.
+
+    Args:
+        config: The run, resolved.
+        model: The model, on the process's device.
+        processes: Those that train together.
+        state: What a resumed run goes on with; its own number is taken where that is possible.
+    """
     train = config.train
     if train.micro_batch != "auto":
-        return train
+        return config
     if state is not None and state["num_processes"] == processes.number:
-        return dataclasses.replace(train, micro_batch=state["micro_batch"])
-    most = -(-train.batch_size // processes.number)
-    fits = fit_micro_batch(model, config, most, autocast_context(train, processes.device))
-    return dataclasses.replace(train, micro_batch=min(processes.gather(fits)))
+        micro_batch = state["micro_batch"]
+    else:
+        most = -(-train.batch_size // processes.number)
+        micro_batch = min(
+            processes.gather(fit_micro_batch(model, config, most, autocast_context(train, processes.device)))
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, micro_batch=micro_batch))
 
 
-def _loader(
+def build_loader(
     config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"], processes: Processes
 ) -> Loader:
+    """Returns the loader of this process's share in a split."""
     place = Place(micro_batch=config.train.micro_batch, rank=processes.rank, num_ranks=processes.number)
     cores = max(1, (os.cpu_count() or 1) // processes.number_here)
     return pretrain_loader(config, tokenizer, split, place=place, num_workers=min(config.train.num_workers, cores))

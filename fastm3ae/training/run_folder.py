@@ -28,7 +28,7 @@ from fastm3ae.config import PretrainConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.errors import UserError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "environment", "processor"]
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "triton", "numpy", "pillow", "pyarrow", "safetensors")
 
@@ -138,10 +138,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "num_threads": torch.get_num_threads(),
     }
+
+
+def processor() -> str:
+    """Returns the CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux's; other systems know it by themselves
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def _commit() -> str | None:

@@ -1,7 +1,8 @@
 """One optimiser step: passes over the pieces of a batch, whose gradients add up to those of the batch as a whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class OptimizerStep:
         processes: Those that share each step.
         autocast: Gives the context in which the model computes.
         is_fp16: Whether gradients need scaling.
+        options: How the model computes its objectives: what its ``forward`` takes.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class OptimizerStep:
         processes: Processes,
         autocast: Callable[[], AbstractContextManager],
         is_fp16: bool,
+        options: Mapping[str, Any],
     ) -> None:
         self.model, self.config, self.processes, self.autocast = model, config, processes, autocast
+        self.options = options
         # Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
         self.parallel = processes.wrap(model, leaves_some_alone="itm" not in model.config.objectives)
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
@@ -77,7 +81,7 @@ class OptimizerStep:
             counts = [0] * len(totals) if is_idle else self.count([piece])
             with self._in_step(number == len(pieces)):
                 with self.autocast():
-                    results = objectives.losses(self.parallel(piece), piece, self.model.config)
+                    results = objectives.losses(self.parallel(piece, **self.options), piece, self.model.config)
                 # The piece's share in the mean over the whole batch: a mean of means would weigh tokens differently.
                 # The processes' gradients are averaged, hence the factor.
                 shares = [

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae import objectives
 from fastm3ae.data.batch import PretrainBatch
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.m3ae import M3AE, MIMOutputs
 from fastm3ae.training.distributed import Processes
 from fastm3ae.visualize import Reconstruction, reconstruct, reconstruction_grid
 
@@ -65,8 +65,8 @@ def validate(
             count = objectives.num_averaged("mlm", batch, model.config)
             add("mlm_accuracy_shuffled_image", shuffled.sums["accuracy"], count)
         if "mim" in outputs:
-            mean = _patch_means(outputs["mim"].pred_BNP, batch, model)
-            control = objectives.mim(outputs["mim"]._replace(pred_BNP=mean), batch, model.config)
+            mean = _patch_means(outputs["mim"], batch, model)
+            control = objectives.mim(outputs["mim"]._replace(pred=mean), batch, model.config)
             count = objectives.num_averaged("mim", batch, model.config)
             add("mim_loss_patch_mean", control.mean * count, count)
     model.train(was_training)
@@ -79,13 +79,16 @@ def validate(
     return metrics
 
 
-def _patch_means(like_BNP: Tensor, batch: PretrainBatch, model: M3AE) -> Tensor:
+def _patch_means(outputs: MIMOutputs, batch: PretrainBatch, model: M3AE) -> Tensor:
     """Returns what predicting each patch as its mean predicts, in the space of the targets."""
+    pred, hidden = outputs
     if model.config.mim.normalize_target:
-        return torch.zeros_like(like_BNP)
+        return torch.zeros_like(pred)
     size = model.config.vision.patch_size_px
-    means_BCN = torch.nn.functional.avg_pool2d(batch.image_BCHW, size).flatten(2)
-    return means_BCN.transpose(1, 2).repeat(1, 1, size**2).to(like_BNP.dtype)
+    means_BNC = torch.nn.functional.avg_pool2d(batch.image_BCHW, size).flatten(2).transpose(1, 2)
+    if hidden.dtype != torch.bool:
+        means_BNC = means_BNC.gather(1, hidden[..., None].expand(-1, -1, 3))
+    return means_BNC.repeat(1, 1, size**2).to(pred.dtype)
 
 
 @torch.no_grad()

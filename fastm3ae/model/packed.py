@@ -1,0 +1,222 @@
+"""The passes over packed sequences: the towers and the fusion without padding, and only the rows that a plan names.
+
+The weights are those of the modules that ``vision.py``, ``text.py`` and ``fusion.py`` build; their submodules work on
+rows of tokens (S, D) as they do on batches.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from transformers import BertModel, PretrainedConfig, RobertaModel
+
+from fastm3ae.kernels import gather_image_patches, gather_patches, packed_attention
+from fastm3ae.model.fusion import CoAttentionFusion, CoAttentionLayer
+from fastm3ae.model.plan import Plan, StreamPlan
+from fastm3ae.model.rows import Layout
+from fastm3ae.model.vision import encode_pixels
+
+__all__ = ["Run", "attend", "call", "encode_images", "encode_texts", "fuse"]
+
+
+# Runs a function of a layer and its arguments: ``call``, or something that checkpoints its activations.
+Run = Callable[..., Tensor]
+
+
+def call(function: Callable[..., Tensor], *arguments) -> Tensor:
+    """Returns what the function returns."""
+    return function(*arguments)
+
+
+def attend(
+    q_QHd: Tensor, k_SHd: Tensor, v_SHd: Tensor, queries: Layout, keys: Layout, dropout_frac: float = 0.0
+) -> Tensor:
+    """Returns what each query gathers from the keys of its own sequence, heads joined: (Q, H * d)."""
+    # A seed from the device's own generator: nothing waits, and a resumed run draws the same.
+    seed = torch.randint(2**62, (), device=q_QHd.device) if dropout_frac > 0 else None
+    context_QHd = packed_attention(
+        q_QHd,
+        k_SHd,
+        v_SHd,
+        queries.offsets,
+        keys.offsets,
+        max_q_len=queries.max_length,
+        max_k_len=keys.max_length,
+        dropout_frac=dropout_frac,
+        seed=seed,
+    )
+    return context_QHd.flatten(1)
+
+
+def encode_images(
+    vision: VisionTransformer | SwinTransformer,
+    image_BCHW: Tensor,
+    false_image_FCHW: Tensor | None,
+    keep_BK: Tensor | None,
+    plan: Plan,
+    run: Run = call,
+) -> Tensor:
+    """Encodes the images that the plan names, whole ones and visible patches together: (S, D).
+
+    Args:
+        vision: The tower.
+        image_BCHW: Normalised pixels.
+        false_image_FCHW: The false images, where there are any.
+        keep_BK: int64 indices of the visible patches, where the plan has any.
+        plan: Which images.
+        run: Runs a block.
+    """
+    images_NCHW = _select_images(image_BCHW, false_image_FCHW, plan.whole_images)
+    if isinstance(vision, SwinTransformer):
+        return encode_pixels(vision, images_NCHW).flatten(0, 1)
+    x_SD = _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan)
+    layout = plan.image_layout
+    for block in vision.blocks:
+        x_SD = run(_vision_block, block, x_SD, layout)
+    return vision.norm(x_SD)
+
+
+def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Tensor:
+    q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+    x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
+    return x_SD + block.mlp(block.norm2(x_SD))
+
+
+def _select_images(image_BCHW: Tensor, false_image_FCHW: Tensor | None, wanted) -> Tensor:
+    B = len(image_BCHW)
+    true, false = wanted[wanted < B], wanted[wanted >= B] - B
+    parts = [image_BCHW if len(true) == B else image_BCHW[torch.from_numpy(true).to(image_BCHW.device)]]
+    if len(false):
+        F_ = len(false_image_FCHW)
+        index = torch.from_numpy(false).to(image_BCHW.device)
+        parts.append(false_image_FCHW if len(false) == F_ else false_image_FCHW[index])
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _embed_images(
+    vit: VisionTransformer, images_NCHW: Tensor, image_BCHW: Tensor, keep_BK: Tensor | None, plan: Plan
+) -> Tensor:
+    """Returns what the blocks read: whole images, then visible patches, each with CLS in front."""
+    parts, patches_NND = [], None
+    positions_LD, cls_D = vit.pos_embed[0], vit.cls_token[0, 0]
+    if len(images_NCHW):
+        patches_NND = vit.patch_embed(images_NCHW)
+        cls_N1D = vit.cls_token.expand(len(patches_NND), -1, -1)
+        parts.append((torch.cat([cls_N1D, patches_NND], dim=1) + vit.pos_embed).flatten(0, 1))
+    if plan.num_visible:
+        B = plan.num_visible
+        if (plan.whole_images[:B] < B).sum() == B:  # all are embedded already, and stand first
+            visible_BLD = gather_patches(patches_NND[:B], keep_BK, positions_LD, cls_D)
+        else:
+            projection = vit.patch_embed.proj
+            options = {"patch_size_px": projection.kernel_size[0], "dtype": image_BCHW.dtype}
+            pixels_BKP = gather_image_patches(image_BCHW, keep_BK, **options)
+            x_BKD = F.linear(pixels_BKP, projection.weight.flatten(1), projection.bias)
+            cls_B1D = (cls_D + positions_LD[0]).expand(B, 1, -1)
+            visible_BLD = torch.cat([cls_B1D, x_BKD + positions_LD[1:][keep_BK]], dim=1)
+        parts.append(visible_BLD.flatten(0, 1))
+    return vit.norm_pre(torch.cat(parts))
+
+
+def encode_texts(text: RobertaModel | BertModel, plan: Plan, run: Run = call) -> Tensor:
+    """Encodes the texts that the plan names: (S, D). ``run`` runs a layer."""
+    ids, positions = zip(*((group.ids_NT, _positions(text, group.ids_NT)) for group in plan.texts), strict=True)
+    rows = plan.text_rows.tensor
+    ids_1S = torch.cat([part.flatten() for part in ids]).index_select(0, rows)[None]
+    positions_1S = torch.cat([part.flatten() for part in positions]).index_select(0, rows)[None]
+    hidden_1SD = text.embeddings(input_ids=ids_1S, position_ids=positions_1S, token_type_ids=torch.zeros_like(ids_1S))
+    hidden_SD = hidden_1SD[0]
+    for layer in text.encoder.layer:
+        hidden_SD = run(_text_layer, layer, hidden_SD, plan.text_layout, text.config)
+    return hidden_SD
+
+
+def _text_layer(layer: nn.Module, hidden_SD: Tensor, layout: Layout, config: PretrainedConfig) -> Tensor:
+    attention = layer.attention.self
+    q, k, v = (
+        product(hidden_SD).unflatten(-1, (config.num_attention_heads, -1))
+        for product in (attention.query, attention.key, attention.value)
+    )
+    dropout_frac = config.attention_probs_dropout_prob if layer.training else 0.0
+    hidden_SD = layer.attention.output(attend(q, k, v, layout, layout, dropout_frac), hidden_SD)
+    return layer.output(layer.intermediate(hidden_SD), hidden_SD)
+
+
+def _positions(text: RobertaModel | BertModel, ids_NT: Tensor) -> Tensor:
+    """The numbers of the tokens' positions: BERT counts tokens, RoBERTa those that are not the padding token."""
+    if isinstance(text, BertModel):
+        return torch.arange(ids_NT.shape[1], device=ids_NT.device).expand_as(ids_NT)
+    pad = text.config.pad_token_id
+    is_counted_NT = ids_NT != pad
+    return is_counted_NT.cumsum(dim=1) * is_counted_NT + pad
+
+
+def fuse(
+    fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Plan, run: Run = call
+) -> dict[str, dict[str, Tensor]]:
+    """Fuses each objective's pairs as deep as it reads.
+
+    Args:
+        fusion: The layers.
+        text_SD: The encoded texts, modality embedding included.
+        image_SD: The encoded images, modality embedding included.
+        plan: Which rows.
+        run: Runs a layer.
+
+    Returns:
+        For each objective, under "text" and "image", the rows that it reads.
+    """
+    read: dict[str, dict[str, Tensor]] = {name: {} for name in plan.taken}
+
+    def take(depth: int, **streams: Tensor) -> None:
+        for name, taken_of in plan.taken.items():
+            for stream, taken in taken_of.items():
+                if taken.depth == depth:
+                    read[name][stream] = taken.rows.of(streams[stream])
+
+    take(0, text=text_SD, image=image_SD)
+    if not plan.layers:
+        return read
+    text_SD, image_SD = plan.pair_text_rows.of(text_SD), plan.pair_image_rows.of(image_SD)
+    for number, layer in enumerate(plan.layers):
+        text_QD = run(co_attend, fusion.text_layers[number], text_SD, image_SD, layer.text)
+        image_QD = run(co_attend, fusion.image_layers[number], image_SD, text_SD, layer.image)
+        take(number + 1, text=text_QD, image=image_QD)
+        text_SD, image_SD = text_QD[: layer.text.num_whole], image_QD[: layer.image.num_whole]
+    return read
+
+
+def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: StreamPlan) -> Tensor:
+    """Returns the rows that the plan wants of a stream's next features: (Q, D).
+
+    Args:
+        layer: The layer.
+        x_SD: This stream's rows.
+        other_SD: The other stream's rows.
+        stream: Which rows are computed.
+    """
+    if not stream.is_read:
+        return x_SD[:0]
+
+    def heads(x: Tensor, number: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (number, layer.num_heads, -1)).unbind(1)
+
+    width, dropout_frac = x_SD.shape[-1], layer.dropout_frac if layer.training else 0.0
+    key_SD = stream.key_rows.of(x_SD)
+    if stream.is_whole:
+        x_QD = key_SD
+        q, k, v = heads(layer.self_qkv(x_QD), 3)
+    else:
+        tail_QD = stream.tail.of(x_SD)
+        x_QD = torch.cat([x_SD[: stream.num_whole], tail_QD]) if stream.num_whole else tail_QD
+        weight, bias = layer.self_qkv.weight, layer.self_qkv.bias
+        (q,) = heads(F.linear(x_QD, weight[:width], bias[:width]), 1)
+        k, v = heads(F.linear(key_SD, weight[width:], bias[width:]), 2)
+    x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, dropout_frac))
+    (q,) = heads(layer.cross_q(x_QD), 1)
+    k, v = heads(layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
+    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac))
+    return layer.add_mlp(x_QD)

@@ -1,0 +1,60 @@
+"""One pass for all objectives: each tower and each fusion layer runs once, over the rows that the losses read.
+
+It gives what the passes of the objectives one after another give. Rows are independent in every product, norm and
+feed-forward network, and attention mixes them only through keys and values, which are complete; so the results differ
+by the order of sums, and by which random numbers dropout draws.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.checkpoint import checkpoint
+
+from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.masking import num_kept_patches, split_patches
+from fastm3ae.model.packed import call, encode_images, encode_texts, fuse
+from fastm3ae.model.plan import make_plan
+from fastm3ae.model.reads import OBJECTIVES, PatchOrder
+from fastm3ae.model.vision import num_image_tokens
+
+if TYPE_CHECKING:
+    from fastm3ae.model.m3ae import M3AE
+
+__all__ = ["run_packed"]
+
+
+def run_packed(
+    model: M3AE, batch: ImageTextBatch, *, share_texts: bool = False, checkpoint_activations: bool = False
+) -> dict[str, Any]:
+    """Returns for each of the model's objectives what its loss is made of.
+
+    Args:
+        model: The model.
+        batch: A batch on the model's device, images normalised.
+        share_texts: Whether objectives that see the same texts share their encoding also where that is not exact,
+            because dropout would draw for each of them.
+        checkpoint_activations: Whether the activations within layers are computed again in the backward pass.
+    """
+    run = partial(checkpoint, use_reentrant=False) if checkpoint_activations else call
+    config = model.config
+    reads = {name: OBJECTIVES[name].reads(batch, config) for name in config.objectives}
+    num_patches = model.vision.patch_embed.num_patches
+    plan = make_plan(
+        reads,
+        num_whole_tokens=num_image_tokens(model.vision),
+        num_visible_tokens=1 + num_kept_patches(num_patches, config.mim.patch_frac),
+        shares_texts=share_texts or not model.training or config.text.dropout_frac == 0,
+    )
+    plan.send(batch.image_BCHW.device)
+
+    order = PatchOrder(*split_patches(batch.patch_noise_BN, config.mim.patch_frac)) if plan.num_visible else None
+    false_image_FCHW = getattr(batch, "false_image_FCHW", None)
+    image_SD = encode_images(model.vision, batch.image_BCHW, false_image_FCHW, order and order.keep_BK, plan, run)
+    image_SD = model.image_proj(image_SD) + model.modality_embeddings.weight[1]
+    text_SD = None
+    if plan.texts:
+        text_SD = model.text_proj(encode_texts(model.text, plan, run)) + model.modality_embeddings.weight[0]
+    read = fuse(model.fusion, text_SD, image_SD, plan, run)
+    return {name: OBJECTIVES[name].head(model, read[name], batch, order) for name in config.objectives}

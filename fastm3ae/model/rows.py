@@ -1,0 +1,103 @@
+"""Rows of packed sequences: where each sequence stands, and which rows are meant; from the host to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Index", "Layout", "Rows", "rows_of", "send"]
+
+
+@dataclass
+class Index:
+    """Numbers that are made on the host and used on the device.
+
+    Attributes:
+        array: The numbers.
+        tensor: The same as int32 on the device, after ``send``.
+    """
+
+    array: np.ndarray
+    tensor: Tensor | None = None
+
+
+def send(indices: Sequence[Index], device: torch.device) -> None:
+    """Copies all of them to the device at once."""
+    sizes = [len(index.array) for index in indices]
+    joined = np.concatenate([index.array for index in indices]).astype(np.int32)
+    host = torch.from_numpy(joined)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    for index, tensor in zip(indices, host.to(device, non_blocking=True).split(sizes), strict=True):
+        index.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sequences whose tokens stand one after another.
+
+    Args:
+        lengths: Tokens of each sequence.
+
+    Attributes:
+        ends: Behind which row each of them ends, with a 0 in front.
+    """
+
+    lengths: np.ndarray
+    ends: Index = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", Index(np.concatenate([[0], np.cumsum(self.lengths)])))
+
+    @property
+    def offsets(self) -> Tensor:
+        """(number of sequences + 1,) int32: where each begins; the last is the number of tokens."""
+        return self.ends.tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self.ends.array[-1])
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max(initial=0))
+
+    def rows(self, sequences: np.ndarray) -> np.ndarray:
+        """Returns the rows of these sequences, one sequence after another."""
+        lengths = self.lengths[sequences]
+        starts = self.ends.array[sequences]
+        skipped = np.cumsum(lengths) - lengths
+        return np.repeat(starts - skipped, lengths) + np.arange(lengths.sum())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a stream: a range, or single ones.
+
+    Args:
+        first: The range's first row.
+        last: The row behind it.
+        index: Single rows, instead.
+    """
+
+    first: int = 0
+    last: int = 0
+    index: Index | None = None
+
+    def of(self, x_SD: Tensor) -> Tensor:
+        """Returns these rows."""
+        if self.index is not None:
+            return x_SD.index_select(0, self.index.tensor)
+        return x_SD if (self.first, self.last) == (0, len(x_SD)) else x_SD[self.first : self.last]
+
+
+def rows_of(rows: np.ndarray) -> Rows:
+    """These rows: a range, if they are one."""
+    if len(rows) == 0:
+        return Rows()
+    first, last = int(rows[0]), int(rows[0]) + len(rows)
+    return Rows(first, last) if np.array_equal(rows, np.arange(first, last)) else Rows(index=Index(rows))
