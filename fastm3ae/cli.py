@@ -22,19 +22,67 @@ __all__ = ["main"]
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo)."""
-    import tyro
     import yaml
 
-    from fastm3ae.config import PretrainConfig
-    from fastm3ae.configfile import from_dict, to_dict
-    from fastm3ae.presets import PRESETS, preset
+    from fastm3ae.configfile import to_dict
 
-    parser = argparse.ArgumentParser(prog="fastm3ae pretrain", add_help=False, allow_abbrev=False)
+    config, header = _configure("pretrain", "Pre-trains a model.", arguments, _options("pretrain"))[:2]
+    if header is not None:
+        print(header + yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return
+    _run(config)
+
+
+def profile(arguments: Sequence[str]) -> None:
+    """Measure the steps of a pre-training: time by phase, FLOPs by part of the model, utilisation, memory."""
+    options = _options("profile")
+    options.add_argument("--steps", type=int, default=10)
+    options.add_argument("--warm-up", type=int, default=3)
+    options.add_argument("--trace", type=Path)
+    description = (
+        "Measures the steps of a pre-training, in one process, with random weights; writes no run folder. Three more "
+        "options: --steps N, of which the time is taken (default 10; a slow loader shows when it has no batches in "
+        "store any more, of which it has 2 for each train.num-workers), --warm-up N before (default 3), and --trace "
+        "DIR, where a trace of one step is written."
+    )
+    config, _, chosen = _configure("profile", description, arguments, options)
+
+    from fastm3ae.training.profile import profile
+
+    measured = profile(config, num_steps=chosen.steps, num_warm_up=chosen.warm_up, trace_folder=chosen.trace)
+    print(measured.render())
+
+
+def _options(command: str) -> argparse.ArgumentParser:
+    """Returns the options that are no part of a run's configuration, but say where it starts."""
+    parser = argparse.ArgumentParser(prog=f"fastm3ae {command}", add_help=False, allow_abbrev=False)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--preset", default="m3ae")
     start.add_argument("--from-official")
     parser.add_argument("--config", type=Path)
-    chosen, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def _configure(
+    command: str, description: str, arguments: Sequence[str], options: argparse.ArgumentParser
+) -> tuple["PretrainConfig", str | None, argparse.Namespace]:
+    """Returns a run's configuration, comments to head it where it is translated, and the options that are none of it.
+
+    Args:
+        command: Name of the command.
+        description: What the command does, for its help.
+        arguments: Its arguments.
+        options: Those of ``_options``, and the command's own.
+    """
+    import tyro
+    import yaml
+
+    from fastm3ae.config import PretrainConfig
+    from fastm3ae.configfile import from_dict
+    from fastm3ae.presets import PRESETS, preset
+
+    chosen, overrides = options.parse_known_args(arguments)
+    header = None
     if chosen.from_official is None:
         base, source = preset(chosen.preset), f"--preset {chosen.preset}"
     else:
@@ -57,18 +105,15 @@ def pretrain(arguments: Sequence[str]) -> None:
         PretrainConfig,
         default=base,
         args=overrides,
-        prog=f"fastm3ae pretrain {source}",
+        prog=f"fastm3ae {command} {source}",
         description=(
-            f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}), then a YAML file "
+            f"{description} A run's configuration is a preset (--preset {' | '.join(PRESETS)}), then a YAML file "
             "with any of the keys below (--config FILE), then these options. The defaults shown are those of "
-            f"{source} and that file. --from-official 'python main.py with ...' takes the place of the preset and "
-            "prints the configuration, ready for --config, instead of running it."
+            f"{source} and that file. --from-official 'python main.py with ...' takes the place of the preset; "
+            "fastm3ae pretrain then prints the configuration, ready for --config, instead of running it."
         ),
     )
-    if chosen.from_official is not None:
-        print(header + yaml.safe_dump(to_dict(config), sort_keys=False), end="")
-        return
-    _run(config)
+    return config, header, chosen
 
 
 def _translate(command_line: str) -> tuple["PretrainConfig", str]:
@@ -232,6 +277,7 @@ def doctor(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "pretrain": pretrain,
     "with": official,
+    "profile": profile,
     "prepare": prepare,
     "inspect": inspect,
     "convert": convert,
