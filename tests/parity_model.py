@@ -1,5 +1,6 @@
 """Replays the model goldens: outputs, losses and gradients of one configuration, in float32 and float64."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -194,6 +195,15 @@ def run(model: M3AE, objective: str, batch: ImageTextBatch) -> tuple[dict[str, T
     return {name: tensor.detach() for name, tensor in seen.items()}, loss
 
 
+def packed_losses(model: M3AE, batches: Mapping[str, ImageTextBatch]) -> dict[str, objectives.Loss]:
+    """The losses of the packed step, whose one pass makes those of all objectives of a kind of batch."""
+    outputs = {type(batch): model(batch, step="packed") for batch in batches.values()}
+    return {
+        name: objectives.OBJECTIVES[name](outputs[type(batch)][name], batch, model.config)
+        for name, batch in batches.items()
+    }
+
+
 def pick(seen: Mapping[str, Tensor], name: str, want: Tensor) -> Tensor | None:
     """What was recorded as ``name``: all of it, or its first rows where only those were stored."""
     if match := re.fullmatch(r"(.+)_first\d+", name):
@@ -291,12 +301,14 @@ def check_model(path: Path) -> Iterator[Check]:
             checked.add(f"{prefix}total_loss")
             yield compare(f"{prefix}total_loss", objectives.total(losses), tensors[f"{prefix}total_loss"], **tolerance)
         yield from (missing(name) for name in tensors if name.startswith(prefix) and name not in checked)
-        if dtype == torch.float32 and losses:
-            yield from check_gradients(model, losses, meta, tensors)
         stored = meta["stats"].get("losses" if dtype == torch.float32 else "losses_f64", {})
-        for name, want in stored.items():
-            if name in losses:
-                yield compare(f"{prefix}stats/{name}", losses[name].mean, torch.tensor(want, dtype=dtype), **tolerance)
+        for step, found in {"original": losses, "packed": packed_losses(model, batches)}.items():
+            checks = check_gradients(model, found, meta, tensors) if dtype == torch.float32 and found else ()
+            yield from (dataclasses.replace(check, name=f"{check.name}, {step} step") for check in checks)
+            for name, want in stored.items():
+                if name in found:
+                    got, label = found[name].mean, f"{prefix}stats/{name}, {step} step"
+                    yield compare(label, got, torch.tensor(want, dtype=dtype), **tolerance)
     yield from check_metrics(meta, batches, losses)
     if "pos/before" in tensors:
         before, after = tensors["pos/before"].float(), tensors["pos/after"]
