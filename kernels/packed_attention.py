@@ -9,12 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, philox, triton_kernels
 from fastm3ae.kernels.packed_attention_cpu import packed_attention_backward_cpu, packed_attention_cpu
 
 __all__ = ["packed_attention", "packed_attention_reference", "philox_is_kept"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_HEAD_DIMS = (32, 64)
 
@@ -86,7 +85,7 @@ def philox_is_kept(
 
     def keeps(rows: Tensor, num_keys: int, stream: int) -> Tensor:
         j = torch.arange(num_keys, device=seed.device)
-        words = torch.stack(_philox(seed, j // 8, rows[:, None], h, stream))
+        words = torch.stack(philox(seed, (j // 8, rows[:, None], h, stream), num_rounds=7))
         word = words.gather(0, (j % 8 // 2).expand(1, *words.shape[1:])).squeeze(0)
         return (word >> j % 2 * 16) & 0xFFFF >= num_dropped
 
@@ -97,18 +96,6 @@ def philox_is_kept(
         rows = torch.arange(q_start, q_end, device=seed.device)
         is_kept.append(torch.cat([keeps(rows, num_slots, 1), keeps(rows, k_len, 0)], dim=2))
     return is_kept
-
-
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    word = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, torch.full_like(seed, c3))
-    k0, k1 = seed & word, (seed >> 32) & word
-    for _ in range(7):
-        # int64 wraps around, so that these are the 64 bits of the unsigned products.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32) & word ^ c1 ^ k0, b & word, (a >> 32) & word ^ c3 ^ k1, a & word
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return c0, c1, c2, c3
 
 
 def launch_packed_attention_cuda(*arguments) -> tuple[Tensor, Tensor]:
@@ -224,7 +211,7 @@ def packed_attention(
         ValueError: A shape, dtype, device or number is not as above. Offsets are checked on the CPU; on CUDA that would
             wait for the device, so that only TRITON_DEBUG=1 makes wrong ones an error.
     """
-    if q_QHd.dim() != 3 or not q_QHd.shape[2] or q_QHd.dtype not in _DTYPES:
+    if q_QHd.dim() != 3 or not q_QHd.shape[2] or q_QHd.dtype not in FLOAT_DTYPES:
         raise ValueError(f"q must be (Q, H, d) in a floating-point dtype, d > 0, got {describe(q_QHd)}")
     _, H, d = q_QHd.shape
     for name, x_SHd in (("k", k_SHd), ("v", v_SHd)):
@@ -243,11 +230,8 @@ def packed_attention(
         raise ValueError(f"seed must be () int64 for dropout_frac = {dropout_frac}, got None")
     if seed is not None and (seed.shape != () or seed.dtype != torch.int64):
         raise ValueError(f"seed must be () int64, got {describe(seed)}")
-    tensors = [q_QHd, k_SHd, v_SHd, q_offsets, k_offsets, memory_k_MHd, memory_v_MHd, *([] if seed is None else [seed])]
-    if any(x.device != q_QHd.device for x in tensors):
-        raise ValueError(
-            f"q, k, v, offsets, memory and seed must be on one device, got {', '.join(str(x.device) for x in tensors)}"
-        )
+    offsets = {"q_offsets": q_offsets, "k_offsets": k_offsets}
+    check_one_device(q=q_QHd, k=k_SHd, v=v_SHd, **offsets, memory_k=memory_k_MHd, memory_v=memory_v_MHd, seed=seed)
     if q_QHd.is_cuda and (d not in _CUDA_HEAD_DIMS or q_QHd.dtype not in _CUDA_DTYPES):
         raise ValueError(f"q must have d = 32 or 64 and no float64 on CUDA, got {describe(q_QHd)}")
     num_dropped = min(round(dropout_frac * (1 << 16)), (1 << 16) - 1)

@@ -6,7 +6,7 @@ The patches of rank below K are kept, the others hidden. The noise is given, or 
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import describe, triton_kernels
+from fastm3ae.kernels.common import describe, philox, triton_kernels
 
 __all__ = [
     "philox_noise",
@@ -40,18 +40,9 @@ def philox_noise(seed: Tensor, batch_size: int, num_patches: int) -> Tensor:
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), section 4.3.
     """
-    word = 0xFFFFFFFF
-    zero_BN = torch.zeros(batch_size, num_patches, dtype=torch.int64, device=seed.device)
-    c0 = zero_BN + torch.arange(num_patches, device=seed.device)
-    c1 = zero_BN + torch.arange(batch_size, device=seed.device)[:, None]
-    c2 = c3 = zero_BN
-    k0, k1 = seed & word, (seed >> 32) & word
-    for _ in range(10):
-        # int64 wraps around, so that these are the 64 bits of the unsigned products.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32) & word ^ c1 ^ k0, b & word, (a >> 32) & word ^ c3 ^ k1, a & word
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return c0
+    n_N = torch.arange(num_patches, device=seed.device)
+    b_B1 = torch.arange(batch_size, device=seed.device)[:, None]
+    return philox(seed, (n_N, b_B1, 0, 0), num_rounds=10)[0]
 
 
 def random_patch_order_from_seed_reference(

@@ -44,7 +44,7 @@ MISTAKES = {
     "no_seed": ({"dropout_frac": 0.1}, r"seed must be \(\) int64 for dropout_frac = 0.1, got None"),
     "int32_seed": ({"dropout_frac": 0.1, "seed": SEED.int()}, r"seed must be \(\) int64, got \(\) int32"),
     "two_seeds": ({"dropout_frac": 0.1, "seed": torch.zeros(2).long()}, r"seed must be \(\) int64, got \(2,\) int64"),
-    "other_device": ({"k_SHd": K.to("meta")}, "must be on one device, got cpu, meta, cpu, cpu, cpu, cpu, cpu"),
+    "other_device": ({"k_SHd": K.to("meta")}, "must be on one device, got cpu, meta, cpu, cpu, cpu, cpu and cpu"),
     "seed_elsewhere": ({"dropout_frac": 0.1, "seed": SEED.to("meta")}, "must be on one device, got cpu, .* meta"),
 }
 
