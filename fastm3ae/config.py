@@ -293,6 +293,8 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Exact: the packed step keeps only what its layers start from and computes the rest again in the backward pass,
     which takes less memory and about a third more time."""
+    compiled: bool = False
+    """Exact: compile the packed step with torch.compile, which takes some minutes at the start."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
     device: str = "auto"
@@ -327,8 +329,11 @@ class TrainConfig:
             raise UserError("train.num_steps or train.num_epochs must say when training ends; both are None.")
         if self.validate_every_epochs is not None and self.validate_every_epochs <= 0:
             raise UserError(f"train.validate_every_epochs must be positive, got {self.validate_every_epochs}.")
-        if self.step == "original" and (self.share_texts or self.checkpoint_activations):
-            raise UserError("train.share_texts and train.checkpoint_activations are options of train.step packed only.")
+        for name in ("share_texts", "checkpoint_activations", "compiled"):
+            if self.step == "original" and getattr(self, name):
+                raise UserError(f"train.{name} is an option of train.step packed only.")
+        if self.compiled and self.checkpoint_activations:
+            raise UserError("train.compiled and train.checkpoint_activations exclude each other.")
         for name in ("num_workers", "num_pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
@@ -337,7 +342,7 @@ class TrainConfig:
         """Returns what the model's forward pass is told."""
         if self.step == "original":
             return {"step": self.step}
-        return {"share_texts": self.share_texts, "checkpoint_activations": self.checkpoint_activations}
+        return {name: getattr(self, name) for name in ("share_texts", "checkpoint_activations", "compiled")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import torch
 from models import VOCAB, small_batch, small_config, small_model
 
 from fastm3ae import objectives
-from fastm3ae.config import VisionConfig
+from fastm3ae.config import TrainConfig, VisionConfig
 from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.errors import UserError
 from fastm3ae.model import packed, packed_step, reads
 from fastm3ae.model.m3ae import M3AE
 
@@ -301,3 +302,64 @@ def test_negatives_of_the_batch_are_not_encoded_again():
     assert all(abs(got[name] - want[name]) < 1e-12 for name in want)
     assert all((gradients[name] - want_gradients[name]).abs().max() < 1e-12 for name in want_gradients)
     assert max(differences(model, of_batch)) < 1e-9
+
+
+def test_one_graph_for_batches_of_any_shape():
+    """``torch.compile`` takes the whole step without a break, and stops compiling when it has seen a few shapes."""
+    model = small_model(dropout_frac=0.1, dtype=torch.float32)
+    num_compiled = 0
+
+    def backend(graph, inputs):
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph.forward
+
+    compiled = torch.compile(packed_step.compute, fullgraph=True, backend=backend)
+    for seed in range(6):
+        batch = to_float32(make_batch(model, [9, 2 + seed, 5, 7], [3, 1, 1 + seed % 2, 2], [1, 0, 0, 1], seed))
+        plan = packed_step.plan_batch(model, batch)
+        losses = []
+        for function in (compiled, packed_step.compute):
+            torch.manual_seed(seed)
+            outputs = function(model, batch, plan)
+            losses.append(objectives.total(objectives.losses(outputs, batch, model.config)))
+        assert torch.equal(*losses)
+    assert num_compiled <= 3
+
+
+@pytest.mark.parametrize("option", ["share_texts", "checkpoint_activations", "compiled"])
+def test_options_of_the_packed_step_are_refused_with_the_other(option):
+    with pytest.raises(UserError, match=f"train.{option} is an option of train.step packed only"):
+        TrainConfig(step="original", **{option: True})
+    assert TrainConfig(**{option: True}).step_options()[option]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_never_waits_for_the_device(compiled):
+    model = small_gpu_model()
+    batch = to_float32(make_batch(model, [9, 2, 5, 7], [3, 1, 1, 2], [1, 0, 0, 1])).to("cuda")
+    for _ in range(2):  # what is compiled may wait
+        objectives.total(objectives.losses(model(batch, compiled=compiled), batch, model.config)).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objectives.total(objectives.losses(model(batch, compiled=compiled), batch, model.config)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_equals_the_original_on_a_gpu():
+    model = small_gpu_model()
+    batch = to_float32(make_batch(model, [9, 2, 5, 7], [3, 1, 1, 2], [1, 0, 0, 1]))
+    of_losses, of_gradients = differences(model, batch.to("cuda"))
+    assert of_losses < 1e-4 and of_gradients < 1e-3
+
+
+def small_gpu_model():
+    """With heads of 32, which the kernel takes."""
+    config = small_config()
+    text = dataclasses.replace(config.text, width=64, num_heads=2)
+    fusion = dataclasses.replace(config.fusion, width=64, num_heads=2)
+    torch.manual_seed(0)
+    return M3AE(dataclasses.replace(config, text=text, fusion=fusion)).cuda()

@@ -69,7 +69,9 @@ def encode_images(
         plan: Which images.
         run: Runs a block.
     """
-    images_NCHW = _select_images(image_BCHW, false_image_FCHW, plan.whole_images)
+    images_NCHW = plan.true_images.of(image_BCHW)
+    if len(plan.false_images):
+        images_NCHW = torch.cat([images_NCHW, plan.false_images.of(false_image_FCHW)])
     if isinstance(vision, SwinTransformer):
         return encode_pixels(vision, images_NCHW).flatten(0, 1)
     x_SD = _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan)
@@ -85,17 +87,6 @@ def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Tensor:
     return x_SD + block.mlp(block.norm2(x_SD))
 
 
-def _select_images(image_BCHW: Tensor, false_image_FCHW: Tensor | None, wanted) -> Tensor:
-    B = len(image_BCHW)
-    true, false = wanted[wanted < B], wanted[wanted >= B] - B
-    parts = [image_BCHW if len(true) == B else image_BCHW[torch.from_numpy(true).to(image_BCHW.device)]]
-    if len(false):
-        F_ = len(false_image_FCHW)
-        index = torch.from_numpy(false).to(image_BCHW.device)
-        parts.append(false_image_FCHW if len(false) == F_ else false_image_FCHW[index])
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
 def _embed_images(
     vit: VisionTransformer, images_NCHW: Tensor, image_BCHW: Tensor, keep_BK: Tensor | None, plan: Plan
 ) -> Tensor:
@@ -108,7 +99,7 @@ def _embed_images(
         parts.append((torch.cat([cls_N1D, patches_NND], dim=1) + vit.pos_embed).flatten(0, 1))
     if plan.num_visible:
         B = plan.num_visible
-        if (plan.whole_images[:B] < B).sum() == B:  # all are embedded already, and stand first
+        if len(plan.true_images) == B:  # all are embedded already, and stand first
             visible_BLD = gather_patches(patches_NND[:B], keep_BK, positions_LD, cls_D)
         else:
             projection = vit.patch_embed.proj

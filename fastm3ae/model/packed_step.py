@@ -7,26 +7,33 @@ by the order of sums, and by which random numbers dropout draws.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.masking import num_kept_patches, split_patches
-from fastm3ae.model.packed import call, encode_images, encode_texts, fuse
-from fastm3ae.model.plan import make_plan
+from fastm3ae.model.packed import Run, call, encode_images, encode_texts, fuse
+from fastm3ae.model.plan import Plan, make_plan
 from fastm3ae.model.reads import OBJECTIVES, PatchOrder
 from fastm3ae.model.vision import num_image_tokens
 
 if TYPE_CHECKING:
     from fastm3ae.model.m3ae import M3AE
 
-__all__ = ["run_packed"]
+__all__ = ["compute", "plan_batch", "run_packed"]
 
 
 def run_packed(
-    model: M3AE, batch: ImageTextBatch, *, share_texts: bool = False, checkpoint_activations: bool = False
+    model: M3AE,
+    batch: ImageTextBatch,
+    *,
+    share_texts: bool = False,
+    checkpoint_activations: bool = False,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Returns for each of the model's objectives what its loss is made of.
 
@@ -36,22 +43,41 @@ def run_packed(
         share_texts: Whether objectives that see the same texts share their encoding also where that is not exact,
             because dropout would draw for each of them.
         checkpoint_activations: Whether the activations within layers are computed again in the backward pass.
+        compiled: Whether ``torch.compile`` makes one graph of all that runs on the device. The numbers of tokens differ
+            from batch to batch; after the first few batches the graph leaves them open.
     """
+    plan = plan_batch(model, batch, share_texts)
     run = partial(checkpoint, use_reentrant=False) if checkpoint_activations else call
+    return (_compiled_compute() if compiled else compute)(model, batch, plan, run)
+
+
+@cache
+def _compiled_compute() -> Callable[..., dict[str, Any]]:
+    return torch.compile(compute, fullgraph=True)
+
+
+def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False) -> Plan:
+    """Plans the batch, from what of it stands on the host, and sends the plan to its device; nothing is waited for."""
     config = model.config
-    reads = {name: OBJECTIVES[name].reads(batch, config) for name in config.objectives}
     num_patches = model.vision.patch_embed.num_patches
     plan = make_plan(
-        reads,
+        {name: OBJECTIVES[name].reads(batch, config) for name in config.objectives},
+        num_images=len(batch),
         num_whole_tokens=num_image_tokens(model.vision),
         num_visible_tokens=1 + num_kept_patches(num_patches, config.mim.patch_frac),
         shares_texts=share_texts or not model.training or config.text.dropout_frac == 0,
     )
     plan.send(batch.image_BCHW.device)
+    return plan
 
+
+def compute(model: M3AE, batch: ImageTextBatch, plan: Plan, run: Run = call) -> dict[str, Any]:
+    """Computes what the plan says, without asking the device for anything: one graph for ``torch.compile``."""
+    config = model.config
     order = PatchOrder(*split_patches(batch.patch_noise_BN, config.mim.patch_frac)) if plan.num_visible else None
     false_image_FCHW = getattr(batch, "false_image_FCHW", None)
-    image_SD = encode_images(model.vision, batch.image_BCHW, false_image_FCHW, order and order.keep_BK, plan, run)
+    keep_BK = None if order is None else order.keep_BK
+    image_SD = encode_images(model.vision, batch.image_BCHW, false_image_FCHW, keep_BK, plan, run)
     image_SD = model.image_proj(image_SD) + model.modality_embeddings.weight[1]
     text_SD = None
     if plan.texts:

@@ -140,7 +140,8 @@ class Plan:
         texts: The texts that are encoded: for each name, once per objective or once for all.
         text_rows: Rows of the encoded texts' padded ids, flattened and joined, that are not padding.
         text_layout: The encoded texts.
-        whole_images: Images that are encoded whole.
+        true_images: The batch's images that are encoded whole.
+        false_images: Of its false ones those that are; they follow the true ones.
         num_visible: Images, the batch's own, whose visible patches are encoded; they follow the whole ones.
         image_layout: The encoded images.
         pair_text_rows: The first fusion layer's rows among those of the encoded texts, pair by pair.
@@ -152,7 +153,8 @@ class Plan:
     texts: list[Texts]
     text_rows: Index
     text_layout: Layout
-    whole_images: np.ndarray
+    true_images: Rows
+    false_images: Rows
     num_visible: int
     image_layout: Layout
     pair_text_rows: Rows
@@ -163,7 +165,7 @@ class Plan:
     def send(self, device: torch.device) -> None:
         """Copies what the device needs, in one copy."""
         layouts = [self.text_layout, self.image_layout]
-        rows = [self.pair_text_rows, self.pair_image_rows]
+        rows = [self.true_images, self.false_images, self.pair_text_rows, self.pair_image_rows]
         for layer in self.layers:
             for stream in (layer.text, layer.image):
                 layouts += [stream.queries, stream.keys, stream.cross_keys]
@@ -174,12 +176,13 @@ class Plan:
 
 
 def make_plan(
-    reads: Mapping[str, Reads], *, num_whole_tokens: int, num_visible_tokens: int, shares_texts: bool
+    reads: Mapping[str, Reads], *, num_images: int, num_whole_tokens: int, num_visible_tokens: int, shares_texts: bool
 ) -> Plan:
     """Plans a batch.
 
     Args:
         reads: For each objective what it reads.
+        num_images: B, the batch's own images.
         num_whole_tokens: Tokens of a whole image.
         num_visible_tokens: Tokens of an image's visible patches, CLS included.
         shares_texts: Whether objectives that see the same texts share their encoding, which is exact where the text
@@ -234,7 +237,8 @@ def make_plan(
         texts=list(texts.values()),
         text_rows=Index(_valid_rows(texts.values())),
         text_layout=text_layout,
-        whole_images=whole,
+        true_images=rows_of(whole[whole < num_images]),
+        false_images=rows_of(whole[whole >= num_images] - num_images),
         num_visible=num_visible,
         image_layout=image_layout,
         pair_text_rows=rows_of(text_layout.rows(pairs_of_text)),

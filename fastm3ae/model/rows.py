@@ -43,28 +43,25 @@ class Layout:
 
     Attributes:
         ends: Behind which row each of them ends, with a 0 in front.
+        num_tokens: Tokens of all sequences.
+        max_length: Tokens of the longest sequence.
     """
 
     lengths: np.ndarray
     ends: Index = field(init=False)
+    num_tokens: int = field(init=False)
+    max_length: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ends", Index(np.concatenate([[0], np.cumsum(self.lengths)])))
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        object.__setattr__(self, "ends", Index(ends))
+        object.__setattr__(self, "num_tokens", int(ends[-1]))
+        object.__setattr__(self, "max_length", int(self.lengths.max(initial=0)))
 
     @property
     def offsets(self) -> Tensor:
         """(number of sequences + 1,) int32: where each begins; the last is the number of tokens."""
         return self.ends.tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return int(self.ends.array[-1])
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.lengths.max(initial=0))
 
     def rows(self, sequences: np.ndarray) -> np.ndarray:
         """Returns the rows of these sequences, one sequence after another."""
@@ -87,6 +84,9 @@ class Rows:
     first: int = 0
     last: int = 0
     index: Index | None = None
+
+    def __len__(self) -> int:
+        return self.last - self.first if self.index is None else len(self.index.array)
 
     def of(self, x_SD: Tensor) -> Tensor:
         """Returns these rows."""
