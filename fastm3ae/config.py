@@ -292,7 +292,7 @@ class TrainConfig:
     it unmasked, so that they see the same dropout."""
     checkpoint_activations: bool = False
     """Exact: the packed step keeps only what its layers start from and computes the rest again in the backward pass,
-    which takes less memory and about a third more time."""
+    which takes less memory and more time."""
     compiled: bool = False
     """Exact: compile the packed step with torch.compile, which takes some minutes at the start."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
