@@ -21,7 +21,7 @@ from fastm3ae.kernels.gather_image_patches import gather_image_patches  # noqa: 
 from fastm3ae.kernels.gather_patches import gather_patches, scatter_patches_  # noqa: E402
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
-from fastm3ae.kernels.packed_attention import packed_attention  # noqa: E402
+from fastm3ae.kernels.packed_attention import CUDA_HEAD_DIMS, packed_attention  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 from fastm3ae.kernels.restore_patches import restore_patches  # noqa: E402
@@ -43,3 +43,5 @@ CUDA_ARCHITECTURES: tuple[str, ...] = _C.cuda_architectures
 """What the CUDA kernels were compiled for, such as sm_80 or compute_90; empty where they were not."""
 CUDA_VERSION: str | None = _C.cuda_version
 """The version of the nvcc that compiled them."""
+PACKED_ATTENTION_HEAD_DIMS: tuple[int, ...] = CUDA_HEAD_DIMS
+"""The widths of a head that packed_attention takes on a GPU."""

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model, through the command."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
+from fastm3ae.errors import UserError
+from fastm3ae.presets import preset
+from fastm3ae.training.pretrain import check_head_widths
 
 
 @pytest.fixture
@@ -206,3 +210,13 @@ def test_own_images_from_a_table_to_a_run(tmp_path, capsys):
     assert run(tmp_path) == 0
     assert main(["prepare", "csv", str(tmp_path / "missing.csv"), str(tmp_path)]) == 2
     assert "missing.csv" in capsys.readouterr().err
+
+
+def test_heads_that_the_gpu_kernel_does_not_take_are_refused():
+    config = preset("demo")
+    check_head_widths(config)
+    fusion = dataclasses.replace(config.model.fusion, num_heads=8)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fusion=fusion))
+    with pytest.raises(UserError, match="model.fusion has heads of width 16; on a GPU the packed step takes 32 or 64"):
+        check_head_widths(config)
+    check_head_widths(dataclasses.replace(config, train=dataclasses.replace(config.train, step="original")))

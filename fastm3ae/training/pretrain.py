@@ -14,6 +14,7 @@ from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig
 from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
+from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
 from fastm3ae.training.checkpoint import load_training_state
@@ -93,6 +94,8 @@ def build_model(config: PretrainConfig, processes: Processes) -> tuple[PretrainC
         processes.from_first(lambda: _draw_demo(config.data.root))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = resolve(config, tokenizer)
+    if processes.device.type == "cuda":
+        check_head_widths(config)
     torch.manual_seed(config.seed)
     return config, tokenizer, M3AE(config.model).to(processes.device)
 
@@ -117,6 +120,23 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
             f"tokens (model.text.max_positions {text.max_positions})."
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def check_head_widths(config: PretrainConfig) -> None:
+    """Checks that the packed step's attention on a GPU takes the model's heads.
+
+    Raises:
+        UserError: It does not.
+    """
+    if config.train.step != "packed":
+        return
+    taken = " or ".join(map(str, PACKED_ATTENTION_HEAD_DIMS))
+    for name, part in (("model.text", config.model.text), ("model.fusion", config.model.fusion)):
+        if part.width // part.num_heads not in PACKED_ATTENTION_HEAD_DIMS:
+            raise UserError(
+                f"{name} has heads of width {part.width // part.num_heads}; on a GPU the packed step takes {taken}. "
+                f"Change {name}.width or {name}.num_heads, or take train.step original."
+            )
 
 
 def _draw_demo(root: str) -> None:
