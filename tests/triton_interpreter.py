@@ -67,7 +67,7 @@ def test_random_patch_order(case, dtype):
 @cases(order.CASES)
 def test_random_patch_order_from_seed(case):
     sizes = case.sizes.values()
-    for seed in map(torch.tensor, order.SEEDS):
+    for seed in map(torch.tensor, order.SEEDS[:1] if case.num_patches > 64 else order.SEEDS):  # for the time it takes
         got = random_patch_order_triton.launch_random_patch_order_from_seed(seed, *sizes)
         order.assert_all_equal(got, random_patch_order_from_seed_reference(seed, *sizes))
 
@@ -82,6 +82,8 @@ def test_gather_patches(case, dtypes):
 @cases(patches.CASES)
 @each_dtype
 def test_gather_patches_backward(case, dtypes):
+    if case.num_kept * case.width > 600 and dtypes != DTYPES["autocast"]:
+        pytest.skip("large cases take the interpreter too long for every dtype")
     keep, grad = case.inputs()[1], case.grad(torch.promote_types(*dtypes))
     for needs_positions in (True, False):
         arguments = (keep, case.num_patches, dtypes[0], needs_positions)
