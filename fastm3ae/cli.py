@@ -58,6 +58,7 @@ def pretrain(arguments: Sequence[str]) -> None:
         default=base,
         args=overrides,
         prog=f"fastm3ae pretrain {source}",
+        config=(tyro.conf.AvoidSubcommands,),  # the model is of the kind that the preset or the file has
         description=(
             f"Pre-trains a model. A run's configuration is a preset (--preset {' | '.join(PRESETS)}), then a YAML file "
             "with any of the keys below (--config FILE), then these options. The defaults shown are those of "

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastm3ae.kernels import random_patch_order
@@ -16,6 +17,7 @@ from fastm3ae.kernels import random_patch_order
 __all__ = [
     "corrupt",
     "draw_corruption",
+    "hidden_patches",
     "num_kept_patches",
     "select_tokens",
     "select_words",
@@ -53,6 +55,17 @@ def split_patches(noise_BN: Tensor, patch_frac: float) -> tuple[Tensor, Tensor, 
         is_hidden_BN: (B, N) bool.
     """
     return random_patch_order(noise_BN, num_kept_patches(noise_BN.shape[1], patch_frac))
+
+
+def hidden_patches(restore_BN: Tensor, num_kept: int) -> Tensor:
+    """Returns (B, N - K) int64, the hidden patches of each image by rising noise.
+
+    Args:
+        restore_BN: The rank of each patch, from ``split_patches``.
+        num_kept: K.
+    """
+    rank_BN = torch.arange(restore_BN.shape[1], device=restore_BN.device).expand_as(restore_BN)
+    return torch.empty_like(restore_BN).scatter_(1, restore_BN, rank_BN)[:, num_kept:].contiguous()
 
 
 def select_words(word_ids: Sequence[int | None], token_frac: float, rng: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,8 @@ The weights are those of the modules that ``vision.py``, ``text.py`` and ``fusio
 rows of tokens (S, D) as they do on batches.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
@@ -17,13 +19,33 @@ from fastm3ae.model.plan import Plan, StreamPlan
 from fastm3ae.model.rows import Layout
 from fastm3ae.model.vision import encode_pixels
 
-__all__ = ["attend", "encode_images", "encode_texts", "fuse"]
+__all__ = ["Encoded", "attend", "co_attend", "encode_images", "encode_patches", "encode_texts", "encode_words", "fuse"]
+
+
+class Encoded(NamedTuple):
+    """Packed sequences behind a tower.
+
+    Args:
+        tokens_SD: The features.
+        q_SHd: The queries of the tower's last layer.
+        k_SHd: Its keys.
+    """
+
+    tokens_SD: Tensor
+    q_SHd: Tensor
+    k_SHd: Tensor
 
 
 def attend(
-    q_QHd: Tensor, k_SHd: Tensor, v_SHd: Tensor, queries: Layout, keys: Layout, dropout_frac: float = 0.0
+    q_QHd: Tensor,
+    k_SHd: Tensor,
+    v_SHd: Tensor,
+    queries: Layout,
+    keys: Layout,
+    dropout_frac: float = 0.0,
+    memory: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Returns what each query gathers from the keys of its own sequence, heads joined: (Q, H * d)."""
+    """Returns what each query gathers from the keys of its own sequence and the memory, heads joined: (Q, H * d)."""
     # A seed from the device's own generator: nothing waits, and a resumed run draws the same.
     seed = torch.randint(2**62, (), device=q_QHd.device) if dropout_frac > 0 else None
     context_QHd = packed_attention(
@@ -36,6 +58,7 @@ def attend(
         max_k_len=keys.max_length,
         dropout_frac=dropout_frac,
         seed=seed,
+        memory=None if memory is None else tuple(x_MHd.to(q_QHd.dtype) for x_MHd in memory),
     )
     return context_QHd.flatten(1)
 
@@ -59,13 +82,22 @@ def encode_images(
     images_NCHW = _select_images(image_BCHW, false_image_FCHW, plan.whole_images)
     if isinstance(vision, SwinTransformer):
         return encode_pixels(vision, images_NCHW).flatten(0, 1)
-    x_SD = _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan)
+    return _encode_embedded(vision, _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan), plan).tokens_SD
+
+
+def encode_patches(vision: VisionTransformer, image_BCHW: Tensor, keep_BK: Tensor | None, plan: Plan) -> Encoded:
+    """Encodes as ``encode_images`` does, by a ViT, without false images, and gives the last queries and keys, too."""
+    images_NCHW = _select_images(image_BCHW, None, plan.whole_images)
+    return _encode_embedded(vision, _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan), plan)
+
+
+def _encode_embedded(vit: VisionTransformer, x_SD: Tensor, plan: Plan) -> Encoded:
     layout = plan.image_layout
-    for block in vision.blocks:
+    for block in vit.blocks:
         q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
         x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
         x_SD = x_SD + block.mlp(block.norm2(x_SD))
-    return vision.norm(x_SD)
+    return Encoded(vit.norm(x_SD), q, k)
 
 
 def _select_images(image_BCHW: Tensor, false_image_FCHW: Tensor | None, wanted) -> Tensor:
@@ -106,6 +138,11 @@ def _embed_images(
 
 def encode_texts(text: RobertaModel | BertModel, plan: Plan) -> Tensor:
     """Encodes the texts that the plan names: (S, D)."""
+    return encode_words(text, plan).tokens_SD
+
+
+def encode_words(text: RobertaModel | BertModel, plan: Plan) -> Encoded:
+    """Encodes as ``encode_texts`` does, and gives the last queries and keys, too."""
     ids, positions = zip(*((group.ids_NT, _positions(text, group.ids_NT)) for group in plan.texts), strict=True)
     rows = plan.text_rows.tensor
     ids_1S = torch.cat([part.flatten() for part in ids]).index_select(0, rows)[None]
@@ -121,7 +158,7 @@ def encode_texts(text: RobertaModel | BertModel, plan: Plan) -> Tensor:
         )
         hidden_SD = layer.attention.output(attend(q, k, v, layout, layout, dropout_frac), hidden_SD)
         hidden_SD = layer.output(layer.intermediate(hidden_SD), hidden_SD)
-    return hidden_SD
+    return Encoded(hidden_SD, q, k)
 
 
 def _positions(text: RobertaModel | BertModel, ids_NT: Tensor) -> Tensor:
@@ -165,7 +202,13 @@ def fuse(fusion: CoAttentionFusion, text_SD: Tensor, image_SD: Tensor, plan: Pla
     return read
 
 
-def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: StreamPlan) -> Tensor:
+def co_attend(
+    layer: CoAttentionLayer,
+    x_SD: Tensor,
+    other_SD: Tensor,
+    stream: StreamPlan,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Returns the rows that the plan wants of a stream's next features: (Q, D).
 
     Args:
@@ -173,6 +216,7 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
         x_SD: This stream's rows.
         other_SD: The other stream's rows.
         stream: Which rows are computed.
+        memory: Keys and values that cross-attention sees besides the other stream's, (M, H, d) each.
     """
     if not stream.is_read:
         return x_SD[:0]
@@ -194,5 +238,5 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
     x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, dropout_frac))
     (q,) = heads(layer.cross_q(x_QD), 1)
     k, v = heads(layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
-    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac))
+    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac, memory))
     return layer.add_mlp(x_QD)

@@ -18,7 +18,7 @@ from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.data.loader import Loader
 from fastm3ae.errors import Interrupted, UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
 from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.interrupt import StopRequest
@@ -56,7 +56,7 @@ class Trainer:
         self,
         config: PretrainConfig,
         tokenizer: PreTrainedTokenizerFast,
-        model: M3AE,
+        model: Model,
         train_loader: Loader,
         val_loader: Loader,
         run_folder: RunFolder | None,

@@ -14,7 +14,7 @@ from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig, TrainConfig
 from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model, build_model
 from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
 from fastm3ae.training.checkpoint import load_training_state
 from fastm3ae.training.distributed import Processes
@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = resolve(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = M3AE(config.model).to(processes.device)
+    model = build_model(config.model).to(processes.device)
     checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
     state = None if checkpoint is None else load_training_state(checkpoint)
     config = dataclasses.replace(config, train=_with_micro_batch(config, model, processes, state))
@@ -94,7 +94,7 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
         UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
     """
     others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
-    if others:
+    if others and config.model.kind == "m3ae":
         raise UserError(
             f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
             f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
@@ -116,7 +116,7 @@ def _draw_demo(root: str) -> None:
     tqdm.write(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
 
 
-def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
+def _start_weights(model: Model, config: PretrainConfig) -> list[str]:
     """Loads what the run starts from, and returns notes on what that does not cover."""
     load_tower_weights(model)
     if config.init_from is None:
@@ -130,7 +130,7 @@ def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
 
 
 def _with_micro_batch(
-    config: PretrainConfig, model: M3AE, processes: Processes, state: dict[str, Any] | None
+    config: PretrainConfig, model: Model, processes: Processes, state: dict[str, Any] | None
 ) -> TrainConfig:
     """Returns ``config.train`` with a number as ``micro_batch``: a resumed run's own, where that is possible."""
     train = config.train
