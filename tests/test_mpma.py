@@ -208,6 +208,17 @@ def test_mistakes_are_named(name):
         small_config(**changes)
 
 
+@pytest.mark.parametrize("form", ["slots", "topk", "full view", "mean features, learned temperature"])
+def test_autocast(form):
+    model = small_model(**FORMS[form], dtype=torch.float32)
+    batch = small_batch(model.config, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = values(model, batch)
+    assert all(grad.isfinite().all() for grad in gradients(model, found).values())
+    for name, value in values(model, batch).items():
+        assert torch.allclose(found[name], value, rtol=0.1), name
+
+
 def test_every_memory_form_has_its_parameters():
     names = {form: {n for n, _ in small_model(memory=form).fusion.named_parameters()} for form in MEMORIES}
     assert names["slots"] - names["none"] == {f"slots.{i}.{part}" for i in range(3) for part in ("keys", "values")}
