@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo)."""
+    """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo, --preset mpma-demo)."""
     import tyro
     import yaml
 

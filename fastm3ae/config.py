@@ -149,7 +149,8 @@ class TrainConfig:
     """Image-text pairs per optimiser step, over all processes and passes together."""
     micro_batch: int | Literal["auto"] = "auto"
     """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
-    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout."""
+    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout.
+    With several passes a step, global alignment runs the towers once more, to contrast each pair with all others."""
     step: Step = "packed"
     """packed: one pass for all objectives, without padding and without what no loss reads. original: a pass for each
     objective, as in the original. Both give the same losses and gradients; dropout draws other numbers."""

@@ -178,13 +178,13 @@ def mpma_demo() -> PretrainConfig:
             learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
         ),
         train=TrainConfig(
-            num_steps=1500,
+            num_steps=600,
             batch_size=64,
-            micro_batch=64,
+            micro_batch=64,  # at once, or the towers would run twice
             num_workers=1,
             log_every_steps=10,
-            validate_every_steps=500,
-            save_every_steps=1500,
+            validate_every_steps=300,
+            save_every_steps=600,
         ),
     )
 

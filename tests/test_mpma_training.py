@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from corpus import caption_rows
-from mpma_models import small_batch, small_config, small_model
+from mpma_models import part_of, small_batch, small_config, small_model
 from runs import TOKENIZER, TRAIN, write_corpus
 from safetensors.torch import load_file
 from test_distributed import torchrun
@@ -20,11 +20,14 @@ from fastm3ae.cli import main
 from fastm3ae.config import MPMAConfig, PretrainConfig
 from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.data.arrow import write_pairs
+from fastm3ae.data.loader import pretrain_loader
+from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.model.alignment import GlobalFeatures
 from fastm3ae.model.mpma import MPMA
 from fastm3ae.presets import preset
 from fastm3ae.pretrained import init_model, load_model, load_tower_weights, save_model
+from fastm3ae.training.contrast import passes
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.optim import parameter_groups
 from fastm3ae.training.retrieval import Retrieval
@@ -202,6 +205,43 @@ def test_the_command_chooses_the_memory(folder):
     resolved = yaml.safe_load((folder / "topk" / "config.yaml").read_text())
     assert resolved["model"]["memory"] == "topk"
     assert load_model(folder / "topk" / "checkpoints" / "step_000001").fusion.topk.matrix.shape == (6, 32)
+
+
+def test_a_target_of_twice_the_resolution(folder):
+    """The loader's images are of twice the tower's size, and so are the decoder's patches."""
+    assert run(folder, "--model.image.target-scale", "2", output="twice", num_steps=1) == 0
+    model = load_model(folder / "twice" / "checkpoints" / "step_000001")
+    assert model.mim_decoder.pixels.out_features == 3 * 16**2 and model.vision.patch_embed.num_patches == 16
+
+
+def test_a_batch_masks_both_sides(folder):
+    """Whole words, about half of the tokens, noise for every patch, and no false image."""
+    config = from_dict(PretrainConfig(), yaml.safe_load((folder / "run" / "config.yaml").read_text()))
+    loader = pretrain_loader(config, load_tokenizer(TOKENIZER), "train")
+    batches = [batch for (batch,) in loader.epoch(0)]
+    num_masked = sum(len(batch.masked_index_M) for batch in batches)
+    num_words = sum(int((batch.num_tokens_B - 2).sum()) for batch in batches)
+    assert 0.4 < num_masked / num_words < 0.55
+    for batch in batches:
+        assert (batch.mlm_labels_BT != -100).any(dim=1).all() and (batch.itm_labels_B == 1).all()
+        assert batch.patch_noise_BN.shape == (8, 16) and len(batch.false_image_FCHW) == 0
+
+
+@pytest.mark.parametrize("dropout_frac", [0.0, 0.3])
+def test_each_pass_makes_the_features_that_the_others_were_given(dropout_frac):
+    model = small_model(dropout_frac=dropout_frac, alignment={"view": "full"})
+    batch = small_batch(model.config)
+    pieces = [part_of(batch, [0, 1, 2]), part_of(batch, [3]), part_of(batch, [4, 5])]
+    first = 0
+    for piece, of_pass in zip(pieces, passes(model, pieces, False, Processes("cpu"), nullcontext), strict=True):
+        with of_pass.dropout():
+            own = model(piece)["global_alignment"].stacked()
+        everything, start = of_pass.gather(own)
+        assert len(everything) == 6 and start == first
+        assert torch.equal(everything[start : start + len(piece)], own)
+        first += len(piece)
+    if dropout_frac:
+        assert not torch.equal(model(piece)["global_alignment"].stacked(), own)
 
 
 def test_a_checkpoint_is_the_model_again(folder, tmp_path):

@@ -37,7 +37,8 @@ def validate(
     original chooses its best checkpoint (``epoch_wrapup`` in modules/m3ae_utils.py).
 
     Of MPMA the same under its objectives' names, and ``image_to_report_recall_at_1`` (see ``Retrieval``) over
-    ``image_to_report_candidates`` candidates, the whole images and reports being shown; it counts in the score.
+    ``image_to_report_candidates`` candidates, the whole images and reports being shown; it counts in the score. The
+    loss of global_alignment contrasts the pairs of one pass, so that it depends on ``train.micro_batch``.
 
     Args:
         model: The model; its mode (training or evaluation) is left as it was.
