@@ -293,6 +293,11 @@ class MPMAConfig:
             raise UserError('Swin cannot be masked: use model.vision.kind "vit" or "clip".')
         if not 0 < self.image.patch_frac < 1:
             raise UserError(f"model.image.patch_frac must lie between 0 and 1, got {self.image.patch_frac}.")
+        if int(self.vision.num_patches * (1 - self.image.patch_frac)) < 1:
+            raise UserError(
+                f"model.image.patch_frac {self.image.patch_frac} leaves none of the {self.vision.num_patches} patches "
+                "visible."
+            )
         _check_heads("model.fusion", self.fusion.width, self.fusion.num_heads)
         _check_heads("model.text", self.text.width, self.text.num_heads)
         _check_heads("model.image.decoder", self.image.decoder_width, self.image.decoder_num_heads)

@@ -195,6 +195,7 @@ MISTAKES = {
     "no slots": ({"num_slots": 0}, "model.num_slots must be at least 1, got 0"),
     "too many kept": ({"memory": "topk", "num_topk_kept": 12}, "got 12 of 11"),
     "all patches": ({"image": {"patch_frac": 1.0}}, "model.image.patch_frac must lie between 0 and 1"),
+    "no visible patch": ({"image": {"patch_frac": 0.95}}, "0.95 leaves none of the 16 patches visible"),
     "temperature": ({"alignment": {"temperature": 0.0}}, "model.alignment.temperature must be positive"),
     "objectives": ({"objectives": ()}, "must name at least one objective"),
     "heads": ({"image": {"decoder_num_heads": 3}}, "model.image.decoder: the width must be a multiple"),
