@@ -30,6 +30,7 @@ from fastm3ae.pretrained import init_model, load_model, load_tower_weights, save
 from fastm3ae.training.contrast import passes
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.optim import parameter_groups
+from fastm3ae.training.resume import check_same_run
 from fastm3ae.training.retrieval import Retrieval
 from fastm3ae.training.validation import validate
 
@@ -308,6 +309,16 @@ def test_mistakes_end_with_one_sentence(folder, capsys, name):
         status = error.code
     captured = capsys.readouterr()
     assert status == 2 and message in captured.err + captured.out and "Traceback" not in captured.err
+
+
+def test_a_checkpoint_from_before_there_were_two_models_goes_on():
+    config = PretrainConfig()
+    then = to_dict(config)
+    del then["model"]["kind"]
+    state = {"config": then, "fingerprints": {}, "num_processes": 1}
+    assert check_same_run(state, config, {}, 1) == []
+    with pytest.raises(UserError, match="model.kind is 'mpma', was 'm3ae'"):
+        check_same_run(state, preset("mpma"), {}, 1)
 
 
 def test_groups_of_the_optimiser():

@@ -68,7 +68,10 @@ class ImageTextBatch:
 
 @dataclass(kw_only=True)
 class PretrainBatch(ImageTextBatch):
-    """Pairs with every random choice of the three pre-training objectives already made.
+    """Pairs with every random choice of pre-training already made.
+
+    M3AE masks one side at a time and also shows false images; MPMA masks both sides of a pair at once, by the same
+    fields, and leaves image-text matching alone.
 
     Args:
         mlm_ids_BT: (B, T) int64, the text with masked, replaced and kept tokens at the predicted positions.
