@@ -165,14 +165,13 @@ model = small_model(alignment={"learn_temperature": True})
 step = OptimizerStep(model, OptimConfig(learning_rate=1e-3), 10, processes, nullcontext, False, "packed")
 batch = small_batch(model.config)
 shares = {"1": [[[0, 1, 2, 3, 4, 5]]], "equal": [[[0, 1, 2]], [[3, 4, 5]]], "passes": [[[0], [1, 2]], [[3, 4, 5]]],
-          "idle": [[[0, 1, 2, 3], [4, 5]], []]}[sys.argv[1]]
-first = [part_of(batch, [0, 1])] if sys.argv[1] == "idle" and processes.rank == 1 else None
+          "idle": [[[0, 1, 2, 3, 4, 5]], []], "idle beside passes": [[[0, 1, 2, 3], [4, 5]], []]}[sys.argv[1]]
 mine = [part_of(batch, rows) for rows in shares[processes.rank]]
 totals = processes.sum(step.count(mine))
 step.optimizer.step = lambda *_, **__: None
 step.optimizer.zero_grad = lambda *_, **__: None
-if first:
-    step._spare = first[0]
+if not mine:
+    step._spare = part_of(batch, [0, 1])
 sums = step(mine, totals)
 losses = {name: sum(x) for name in sums if name.endswith("_loss") for x in [processes.gather(float(sums[name][0]))]}
 if processes.is_first:
@@ -182,22 +181,30 @@ processes.close()
 """
 
 
-@pytest.mark.parametrize("division", ["equal", "passes", "idle"])
-def test_processes_give_the_gradients_of_the_joined_batch(tmp_path, division):
-    """In float64, however the pairs are divided, also if one process has none that can be used."""
-    (tmp_path / "one_step.py").write_text(ONE_STEP)
+def one_step(folder, name, *launcher):
+    """Losses and gradients of one step on the pairs so divided."""
+    (folder / "one_step.py").write_text(ONE_STEP)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = {}
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("1", []), (division, several)):
-        command = [sys.executable, *launcher, str(tmp_path / "one_step.py"), name, str(tmp_path / name)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert result.returncode == 0, result.stderr[-2000:]
-        found[name] = torch.load(tmp_path / name)
-    one, two = found["1"], found[division]
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-10)
-    assert one["grads"].keys() == two["grads"].keys() and "global_head.log_temperature" in one["grads"]
-    for name, grad in one["grads"].items():
+    result = subprocess.run(
+        [sys.executable, *launcher, str(folder / "one_step.py"), name, str(folder / "result")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return torch.load(folder / "result")
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    return one_step(tmp_path_factory.mktemp("joined"), "1")
+
+
+@pytest.mark.parametrize("division", ["equal", "passes", "idle", "idle beside passes"])
+def test_processes_give_the_gradients_of_the_joined_batch(tmp_path, joined, division):
+    """In float64, however the pairs are divided, also if one process has none that can be used."""
+    two = one_step(tmp_path, division, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert two["losses"] == pytest.approx(joined["losses"], rel=1e-10)
+    assert joined["grads"].keys() == two["grads"].keys() and "global_head.log_temperature" in joined["grads"]
+    for name, grad in joined["grads"].items():
         assert torch.allclose(two["grads"][name], grad, rtol=1e-8, atol=1e-12), name
 
 
