@@ -141,7 +141,7 @@ def mpma() -> PretrainConfig:
 def mpma_demo() -> PretrainConfig:
     """A small MPMA on the embedded synthetic corpus, without any download.
 
-    Command: ``fastm3ae pretrain --preset mpma-demo``. Hardware: two CPU cores, about 5 minutes. Expect in summary.json,
+    Command: ``fastm3ae pretrain --preset mpma-demo``. Hardware: two CPU cores, up to 5 minutes. Expect in summary.json,
     on held-out pairs: hidden words are predicted much better with the right image than with another one, an image
     finds its report among 64 far more often than by chance, and patches are rebuilt better than by their mean.
     """
@@ -178,13 +178,13 @@ def mpma_demo() -> PretrainConfig:
             learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
         ),
         train=TrainConfig(
-            num_steps=600,
+            num_steps=500,
             batch_size=64,
             micro_batch=64,  # at once, or the towers would run twice
             num_workers=1,
             log_every_steps=10,
-            validate_every_steps=300,
-            save_every_steps=600,
+            validate_every_steps=250,
+            save_every_steps=500,
         ),
     )
 
