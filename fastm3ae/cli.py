@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo)."""
+    """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo, --preset mpma-demo)."""
     import yaml
 
     from fastm3ae.configfile import to_dict
@@ -106,6 +106,7 @@ def _configure(
         default=base,
         args=overrides,
         prog=f"fastm3ae {command} {source}",
+        config=(tyro.conf.AvoidSubcommands,),  # the model is of the kind that the preset or the file has
         description=(
             f"{description} A run's configuration is a preset (--preset {' | '.join(PRESETS)}), then a YAML file "
             "with any of the keys below (--config FILE), then these options. The defaults shown are those of "

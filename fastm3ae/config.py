@@ -1,20 +1,39 @@
 """The configuration: frozen dataclasses. A unit stands in the field's name (``_px``, ``_frac``, ``_steps``).
 
-Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``presets.py`` holds named configurations.
+Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``presets.py`` holds named configurations,
+``model_config.py`` the part that a checkpoint's model is built from.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastm3ae.errors import UserError
+from fastm3ae.model_config import (
+    PRETRAINING_OBJECTIVES,
+    AlignmentConfig,
+    FusionConfig,
+    ImageReconstructionConfig,
+    LossWeightsConfig,
+    M3AEConfig,
+    MIMConfig,
+    ModelConfig,
+    MPMAConfig,
+    TextConfig,
+    VisionConfig,
+)
 
 __all__ = [
     "PRETRAINING_OBJECTIVES",
+    "AlignmentConfig",
     "DataConfig",
     "FusionConfig",
+    "ImageReconstructionConfig",
+    "LossWeightsConfig",
     "M3AEConfig",
     "MIMConfig",
+    "MPMAConfig",
     "MaskingConfig",
+    "ModelConfig",
     "OptimConfig",
     "PretrainConfig",
     "TextConfig",
@@ -22,157 +41,7 @@ __all__ = [
     "VisionConfig",
 ]
 
-Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
 Step = Literal["packed", "original"]
-PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The vision tower: a CLIP ViT (timm's VisionTransformer) or a Swin (timm's SwinTransformer)."""
-
-    kind: Literal["clip", "swin"] = "clip"
-    """clip: CLIP ViT with pre-norm and QuickGELU. swin: Swin Transformer, whose patches cannot be masked (no MIM)."""
-    weights: str = "random"
-    """Where the tower starts: "random", a timm model name, or a file or folder of weights (timm's or OpenAI's)."""
-    image_size_px: int = 288
-    """Height and width of the square input image; position embeddings are resized to it."""
-    patch_size_px: int = 16
-    """Height and width of a patch; 4 for Swin."""
-    width: int = 768
-    """Width of a token; for Swin the width of the first stage. A CLIP ViT has width // 64 heads."""
-    num_blocks: int = 11
-    """Transformer blocks of a CLIP ViT. The original builds one block fewer than its checkpoint has: 11 of 12."""
-    swin_num_blocks: tuple[int, ...] = (2, 2, 18, 2)
-    """Blocks per Swin stage."""
-    swin_num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    """Heads per Swin stage."""
-    swin_drop_path_frac: float = 0.1
-    """Stochastic depth of a Swin's last block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The language tower: RoBERTa or BERT of transformers. Sizes are read from ``weights`` unless that is "random"."""
-
-    kind: Literal["roberta", "bert"] = "roberta"
-    """The architecture; read from ``weights`` unless that is "random"."""
-    weights: str = "random"
-    """Where the tower starts: "random", a hub name such as "roberta-base", or a local folder."""
-    vocab_size: int | None = None
-    """Entries of the vocabulary; None: the tokenizer's."""
-    pad_token_id: int | None = None
-    """Id of the padding token; None: the tokenizer's."""
-    width: int = 768
-    """Width of a token."""
-    num_layers: int = 12
-    """Transformer layers."""
-    num_heads: int = 12
-    """Attention heads."""
-    mlp_width: int = 3072
-    """Hidden width of the feed-forward network."""
-    max_positions: int = 514
-    """Rows of the position table. RoBERTa uses two more than the longest text."""
-    num_token_types: int = 1
-    """Rows of the token-type table: 1 for RoBERTa, 2 for BERT."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of the layer norms: 1e-5 for RoBERTa, 1e-12 for BERT."""
-    dropout_frac: float = 0.1
-    """Dropout on hidden states and attention, the towers' own (not the fusion's)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FusionConfig:
-    """Co-attention: one stack of layers per modality, each with self-attention, cross-attention and an FFN."""
-
-    width: int = 768
-    """Width of a token in both streams."""
-    num_layers: int = 6
-    """Layers per stream."""
-    num_heads: int = 12
-    """Attention heads."""
-    mlp_ratio: int = 4
-    """Hidden width of the FFN over its width."""
-    dropout_frac: float = 0.1
-    """Dropout on attention and hidden states."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MIMConfig:
-    """Masked image modelling: how much is hidden, where the pixels are rebuilt from, and by which decoder."""
-
-    patch_frac: float = 0.75
-    """Fraction of the patches that is hidden from the vision tower."""
-    layer: int = 3
-    """The decoder reads the image features that enter this fusion layer (0-based); -1: those after the last."""
-    decoder_width: int = 384
-    """Width of a token in the decoder."""
-    decoder_num_layers: int = 4
-    """Transformer blocks of the decoder."""
-    decoder_num_heads: int = 6
-    """Attention heads of the decoder."""
-    normalize_target: bool = True
-    """Rebuild each patch after subtracting its mean and dividing by its standard deviation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class M3AEConfig:
-    """The model of "Multi-Modal Masked Autoencoders for Medical Vision-and-Language Pre-Training" (MICCAI 2022)."""
-
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    fusion: FusionConfig = field(default_factory=FusionConfig)
-    mim: MIMConfig = field(default_factory=MIMConfig)
-    objectives: tuple[Objective, ...] = PRETRAINING_OBJECTIVES
-    """Which heads the model has. The training loss is the plain sum of their losses."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights outside of the vision tower; 0.05 at width 128 acts as 0.02 does at 768."""
-    num_answers: int = 0
-    """Answers of the VQA head."""
-    num_classes: int = 0
-    """Classes of the classification head."""
-
-    def __post_init__(self) -> None:
-        vision, fusion = self.vision, self.fusion
-        if vision.image_size_px <= 0 or vision.patch_size_px <= 0 or vision.image_size_px % vision.patch_size_px:
-            raise UserError(
-                f"model.vision.image_size_px must be a multiple of model.vision.patch_size_px, "
-                f"got {vision.image_size_px} and {vision.patch_size_px}."
-            )
-        if vision.kind == "clip" and (vision.width % 64 or vision.width <= 0):
-            raise UserError(f"model.vision.width must be a multiple of 64 for a CLIP ViT, got {vision.width}.")
-        if vision.kind == "swin" and vision.image_size_px % 32:
-            raise UserError(
-                f"model.vision.image_size_px must be a multiple of 32 for Swin, got {vision.image_size_px}."
-            )
-        if vision.kind == "swin" and "mim" in self.objectives:
-            raise UserError(
-                'Swin cannot be masked: remove "mim" from model.objectives, or use model.vision.kind "clip".'
-            )
-        if "mim" in self.objectives and not -1 <= self.mim.layer < fusion.num_layers:
-            raise UserError(
-                f"model.mim.layer must be -1 (after the last fusion layer) or one of 0 to {fusion.num_layers - 1}, "
-                f"got {self.mim.layer}."
-            )
-        if not 0 < self.mim.patch_frac < 1:
-            raise UserError(f"model.mim.patch_frac must lie between 0 and 1, got {self.mim.patch_frac}.")
-        for name, width, heads in (
-            ("model.fusion", fusion.width, fusion.num_heads),
-            ("model.text", self.text.width, self.text.num_heads),
-            ("model.mim.decoder", self.mim.decoder_width, self.mim.decoder_num_heads),
-        ):
-            if heads <= 0 or width % heads:
-                raise UserError(
-                    f"{name}: the width must be a multiple of the number of heads, got {width} and {heads}."
-                )
-        if "vqa" in self.objectives and self.num_answers <= 0:
-            raise UserError(f"model.num_answers must be positive for the objective vqa, got {self.num_answers}.")
-        if "classification" in self.objectives and self.num_classes <= 0:
-            raise UserError(
-                f"model.num_classes must be positive for the objective classification, got {self.num_classes}."
-            )
-        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
-            raise UserError(f"model.objectives must name at least one objective, each once, got {self.objectives}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +152,8 @@ class TrainConfig:
     """Image-text pairs per optimiser step, over all processes and passes together."""
     micro_batch: int | Literal["auto"] = "auto"
     """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
-    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout."""
+    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout.
+    With several passes a step, global alignment runs the towers once more, to contrast each pair with all others."""
     step: Step = "packed"
     """packed: one pass for all objectives, without padding and without what no loss reads. original: a pass for each
     objective, as in the original. Both give the same losses and gradients; dropout draws other numbers."""
@@ -338,12 +208,6 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
 
-    def step_options(self) -> dict[str, Any]:
-        """Returns what the model's forward pass is told."""
-        if self.step == "original":
-            return {"step": self.step}
-        return {name: getattr(self, name) for name in ("share_texts", "checkpoint_activations", "compiled")}
-
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -359,7 +223,7 @@ class PretrainConfig:
     """A checkpoint to start from: one of ours, or an official .ckpt. Position embeddings are resized."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, every mask and dropout."""
-    model: M3AEConfig = field(default_factory=M3AEConfig)
+    model: ModelConfig = field(default_factory=M3AEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -368,3 +232,19 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}.")
+        if "global_alignment" in self.model.objectives and self.train.batch_size == 1:
+            raise UserError(
+                "train.batch_size is 1, but global_alignment tells a pair from the batch's others: take at least 2, or "
+                "leave it out of model.objectives."
+            )
+        if self.model.kind == "mpma" and self.train.step != "packed":
+            raise UserError(f"train.step must be packed for MPMA, which has no original's step, got {self.train.step}.")
+        if self.model.kind == "mpma" and self.train.share_texts:
+            raise UserError("train.share_texts is not for MPMA, whose objectives share their texts anyway.")
+
+    def step_options(self) -> dict[str, Any]:
+        """Returns what the model's forward pass is told."""
+        if self.train.step == "original":
+            return {"step": "original"}
+        names = ["checkpoint_activations", "compiled"] + (["share_texts"] if self.model.kind == "m3ae" else [])
+        return {name: getattr(self.train, name) for name in names}

@@ -24,6 +24,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(base: Any, values: dict[str, Any], where: str = "") -> Any:
     """Returns ``base`` with the fields that ``values`` names replaced, section by section.
 
+    A section of several possible kinds (``model``) that names another ``kind`` starts from that kind's defaults.
+
     Args:
         base: A configuration dataclass.
         values: Nested dictionaries, as a YAML file gives them.
@@ -40,7 +42,8 @@ def from_dict(base: Any, values: dict[str, Any], where: str = "") -> Any:
             raise UserError(f"Unknown configuration key {where}{key}.{nearest(str(key), hints)}")
         current = getattr(base, key)
         if dataclasses.is_dataclass(current):
-            changes[key] = from_dict(current, value, f"{where}{key}.")
+            start = _section_of_kind(current, hints[key], value, f"{where}{key}")
+            changes[key] = from_dict(start, value, f"{where}{key}.")
         else:
             changes[key] = _checked(value, hints[key], f"{where}{key}")
     return dataclasses.replace(base, **changes)
@@ -56,6 +59,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> di
         elif before != after:
             found[f"{where}{key}"] = (before, after)
     return found
+
+
+def _section_of_kind(current: Any, hint: Any, values: Any, where: str) -> Any:
+    """Returns what the section's values are put into: ``current``, or the defaults of the other kind that they name."""
+    kinds = {section.kind: section for section in typing.get_args(hint)}
+    if not isinstance(values, dict) or "kind" not in values or not kinds or values["kind"] == current.kind:
+        return current
+    if values["kind"] not in kinds:
+        expected = ", ".join(map(repr, kinds))
+        raise UserError(
+            f"{where}.kind must be one of {expected}, got {values['kind']!r}.{nearest(str(values['kind']), kinds)}"
+        )
+    return kinds[values["kind"]]()
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

@@ -7,15 +7,19 @@ selected, and each token of a selected word is to be predicted; it is seen as th
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastm3ae.kernels import random_patch_order
 
 __all__ = [
+    "PatchOrder",
     "corrupt",
     "draw_corruption",
+    "hidden_patches",
     "num_kept_patches",
     "select_tokens",
     "select_words",
@@ -40,19 +44,39 @@ def num_kept_patches(num_patches: int, patch_frac: float) -> int:
     return int(num_patches * (1 - patch_frac))
 
 
-def split_patches(noise_BN: Tensor, patch_frac: float) -> tuple[Tensor, Tensor, Tensor]:
+class PatchOrder(NamedTuple):
+    """Which patches of each image are visible.
+
+    Args:
+        keep_BK: (B, K) int64, the kept patches by rising noise.
+        restore_BN: (B, N) int64, the rank of each patch: its place in "kept patches, then hidden patches".
+        is_hidden_BN: (B, N) bool, True where the rank is K or more.
+    """
+
+    keep_BK: Tensor
+    restore_BN: Tensor
+    is_hidden_BN: Tensor
+
+
+def split_patches(noise_BN: Tensor, patch_frac: float) -> PatchOrder:
     """Keeps the K = int(N (1 - p)) patches of each image that have the smallest noise.
 
     Args:
         noise_BN: (B, N) float32 or float64, one number per patch; of equal ones the lower patch counts as smaller.
         patch_frac: p, the fraction of the patches that is hidden.
-
-    Returns:
-        keep_BK: (B, K) int64, the kept patches by rising noise.
-        restore_BN: (B, N) int64, the rank of each patch; ranks from K on are hidden.
-        is_hidden_BN: (B, N) bool.
     """
-    return random_patch_order(noise_BN, num_kept_patches(noise_BN.shape[1], patch_frac))
+    return PatchOrder(*random_patch_order(noise_BN, num_kept_patches(noise_BN.shape[1], patch_frac)))
+
+
+def hidden_patches(restore_BN: Tensor, num_kept: int) -> Tensor:
+    """Returns (B, N - K) int64, the hidden patches of each image by rising noise.
+
+    Args:
+        restore_BN: The rank of each patch, from ``split_patches``.
+        num_kept: K.
+    """
+    rank_BN = torch.arange(restore_BN.shape[1], device=restore_BN.device).expand_as(restore_BN)
+    return torch.empty_like(restore_BN).scatter_(1, restore_BN, rank_BN)[:, num_kept:].contiguous()
 
 
 def select_words(word_ids: Sequence[int | None], token_frac: float, rng: np.random.Generator) -> np.ndarray:

@@ -6,28 +6,33 @@ several batches or processes join exactly. Source: official file m3ae/modules/ob
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastm3ae.config import M3AEConfig
+from fastm3ae.config import M3AEConfig, ModelConfig, MPMAConfig
 from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
 from fastm3ae.kernels import masked_pixel_loss
 from fastm3ae.masking import num_kept_patches
-from fastm3ae.model.heads import MLMOutputs
-from fastm3ae.model.m3ae import MIMOutputs
+from fastm3ae.model.alignment import Gather, GlobalFeatures, alone, info_nce
+from fastm3ae.model.heads import MIMOutputs, MLMOutputs
 
 __all__ = [
     "OBJECTIVES",
     "Loss",
     "classification",
+    "global_alignment",
+    "image_reconstruction",
     "itm",
+    "local_alignment",
     "losses",
     "mim",
     "mlm",
     "num_averaged",
+    "report_reconstruction",
     "retrieval",
     "total",
     "vqa",
@@ -38,7 +43,7 @@ class Loss(NamedTuple):
     """One objective on one batch.
 
     Args:
-        mean: The mean loss, a scalar with a gradient.
+        mean: The mean loss, a scalar with a gradient; MPMA's times its weight.
         sums: For each metric its sum, to be divided by ``num_averaged``.
     """
 
@@ -46,13 +51,14 @@ class Loss(NamedTuple):
     sums: dict[str, Tensor]
 
 
-def num_averaged(objective: str, batch: Any, config: M3AEConfig) -> int:
-    """Returns over how many masked tokens (mlm), hidden patches (mim) or samples an objective's mean is taken."""
-    if objective == "mlm":
+def num_averaged(objective: str, batch: Any, config: ModelConfig) -> int:
+    """Returns over how many masked tokens, hidden patches or samples an objective's mean is taken."""
+    if objective in ("mlm", "report_reconstruction"):
         return len(batch.masked_index_M)
-    if objective == "mim":
+    if objective in ("mim", "image_reconstruction"):
         num_patches = batch.patch_noise_BN.shape[1]
-        return len(batch) * (num_patches - num_kept_patches(num_patches, config.mim.patch_frac))
+        patch_frac = config.mim.patch_frac if objective == "mim" else config.image.patch_frac
+        return len(batch) * (num_patches - num_kept_patches(num_patches, patch_frac))
     return len(batch)
 
 
@@ -109,21 +115,67 @@ def _cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Loss:
     return Loss(F.cross_entropy(logits_BC, labels_B), {"accuracy": (logits_BC.argmax(-1) == labels_B).sum()})
 
 
-OBJECTIVES: Mapping[str, Callable[[Any, Any, M3AEConfig], Loss]] = {
+def image_reconstruction(outputs: MIMOutputs, batch: PretrainBatch, config: MPMAConfig) -> Loss:
+    """Mean square error of the pixels, averaged over a patch's pixels and the batch's hidden patches."""
+    loss = masked_pixel_loss(
+        outputs.pred,
+        batch.image_BCHW,
+        outputs.hidden,
+        patch_size_px=config.vision.patch_size_px * config.image.target_scale,
+        normalize_target=config.image.normalize_target,
+    )
+    return Loss(config.loss_weights.image_reconstruction * loss, {})
+
+
+def report_reconstruction(outputs: MLMOutputs, batch: PretrainBatch, config: MPMAConfig) -> Loss:
+    """Cross entropy at the masked tokens, averaged over them; 0 when there are none."""
+    return Loss(config.loss_weights.report_reconstruction * outputs.loss, {"accuracy": outputs.num_correct})
+
+
+def global_alignment(
+    features: GlobalFeatures, batch: PretrainBatch, config: MPMAConfig, gather: Gather = alone
+) -> Loss:
+    """Symmetric InfoNCE of images and reports among all pairs of the whole batch that ``gather`` gives.
+
+    The metric is how often an image's own report is the nearest of them. A batch of one pair has the loss 0; what is
+    configured has more, but all others may turn out to be unusable.
+    """
+    loss, num_correct = info_nce(features, gather)
+    return Loss(config.loss_weights.global_alignment * loss, {"recall_at_1": num_correct})
+
+
+def local_alignment(loss: Tensor, batch: PretrainBatch, config: MPMAConfig) -> Loss:
+    """The contrast between the words and between the patches of each pair, averaged over pairs."""
+    return Loss(config.loss_weights.local_alignment * loss, {})
+
+
+OBJECTIVES: Mapping[str, Callable[[Any, Any, Any], Loss]] = {
     "mlm": mlm,
     "mim": mim,
     "itm": itm,
     "vqa": vqa,
     "classification": classification,
     "retrieval": retrieval,
+    "image_reconstruction": image_reconstruction,
+    "report_reconstruction": report_reconstruction,
+    "global_alignment": global_alignment,
+    "local_alignment": local_alignment,
 }
 
 
-def losses(outputs: Mapping[str, Any], batch: Any, config: M3AEConfig) -> dict[str, Loss]:
-    """Returns the loss of each objective that the model ran."""
-    return {name: OBJECTIVES[name](output, batch, config) for name, output in outputs.items()}
+def losses(outputs: Mapping[str, Any], batch: Any, config: ModelConfig, gather: Gather = alone) -> dict[str, Loss]:
+    """Returns the loss of each objective that the model ran.
+
+    Args:
+        outputs: What the model gives.
+        batch: What it was given: a batch, or one of several pieces of it.
+        config: The model's configuration.
+        gather: Where the features of the batch's other pieces come from.
+    """
+    functions = {**OBJECTIVES, "global_alignment": partial(global_alignment, gather=gather)}
+    return {name: functions[name](output, batch, config) for name, output in outputs.items()}
 
 
 def total(results: Mapping[str, Loss]) -> Tensor:
-    """Returns the plain sum of the objectives' mean losses."""
+    """Returns the sum of the objectives' mean losses."""
     return torch.stack([loss.mean for loss in results.values()]).sum()

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, RobertaModel
 
-from fastm3ae.config import M3AEConfig, TextConfig
+from fastm3ae.config import ModelConfig, PretrainConfig, TextConfig
 from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import HEADS, M3AE
+from fastm3ae.model.build import Model, build_model
+from fastm3ae.model.heads import HEADS
 from fastm3ae.model.vision import resize_bias_tables, resize_positions
 
 __all__ = [
@@ -92,7 +93,7 @@ def resolve_text(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> Text
     return dataclasses.replace(config, vocab_size=vocab_size, pad_token_id=pad_token_id)
 
 
-def load_tower_weights(model: M3AE) -> None:
+def load_tower_weights(model: Model) -> None:
     """Loads the pretrained towers that ``vision.weights`` and ``text.weights`` name; "random" leaves a tower alone.
 
     Raises:
@@ -117,7 +118,7 @@ def _from_hub(load, name: str, key: str):
         ) from error
 
 
-def _load_vision(model: M3AE, name: str) -> None:
+def _load_vision(model: Model, name: str) -> None:
     path = Path(name).expanduser()
     if path.exists():
         state = read_tensors(path)
@@ -174,19 +175,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def save_model(model: M3AE, folder: Path) -> None:
+def save_model(model: Model, folder: Path) -> None:
     """Writes weights and configuration to ``folder``/model.safetensors."""
     save_weights(model.state_dict(), model.config, folder)
 
 
-def save_weights(state: Mapping[str, Tensor], config: M3AEConfig, folder: Path) -> None:
+def save_weights(state: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Writes a model's state dict and configuration to ``folder``/model.safetensors."""
     tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
     metadata = {"format": "pt", "fastm3ae_config": json.dumps(to_dict(config))}
     save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], M3AEConfig | None]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     """Reads one of our checkpoints (its folder or file), or an official .ckpt.
 
     Returns:
@@ -211,10 +212,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], M3AEConfig | None]:
     state, metadata = _read_safetensors(path)
     if "fastm3ae_config" not in metadata:
         raise UserError(f"{path} is not a fastm3ae checkpoint: its header holds no configuration.")
-    return state, from_dict(M3AEConfig(), json.loads(metadata["fastm3ae_config"]))
+    return state, from_dict(PretrainConfig(), {"model": json.loads(metadata["fastm3ae_config"])}).model
 
 
-def load_model(path: Path) -> M3AE:
+def load_model(path: Path) -> Model:
     """Builds the model that a checkpoint was made of, with its weights.
 
     Args:
@@ -226,12 +227,12 @@ def load_model(path: Path) -> M3AE:
     _, config = read_weights(path)
     if config is None:
         raise UserError(f"{path} does not hold its configuration: build the model and use init_model.")
-    model = M3AE(config)
+    model = build_model(config)
     init_model(model, path)
     return model
 
 
-def init_model(model: M3AE, path: Path) -> LoadReport:
+def init_model(model: Model, path: Path) -> LoadReport:
     """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
 
     Args:
@@ -243,7 +244,9 @@ def init_model(model: M3AE, path: Path) -> LoadReport:
     """
     state, _ = read_weights(path)
     ignored: list[str] = []
-    if not any(name.startswith("fusion.") for name in state):
+    if not any(name.startswith("vision.") for name in state):
+        if model.config.kind != "m3ae":
+            raise UserError(f"{path} is a checkpoint of the original M3AE, from which MPMA cannot start.")
         state, leftovers = from_official(state, model)
         ignored = [name for name in leftovers if not unused_by_original(name)]
     state = _resized(state, model)
@@ -267,6 +270,8 @@ def convert_checkpoint(source: Path, target: Path) -> None:
     if target.exists():
         raise UserError(f"{target} exists: choose another name.")
     model = load_model(source)
+    if model.config.kind != "m3ae":
+        raise UserError(f"{source} is a checkpoint of MPMA, for which there is no original to convert it for.")
     if target.suffix == ".ckpt":
         torch.save({"state_dict": to_official(model.state_dict(), model)}, target)
     else:
@@ -290,11 +295,11 @@ def describe_weights(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _resized(state: Mapping[str, Tensor], model: M3AE) -> dict[str, Tensor]:
+def _resized(state: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
     """Returns the state with its position embeddings or bias tables resized to the model's image size."""
     state = dict(state)
     positions = state.get("vision.pos_embed")
-    if positions is not None and model.config.vision.kind == "clip":
+    if positions is not None and model.config.vision.kind != "swin":
         state["vision.pos_embed"] = resize_positions(positions[0], model.vision.pos_embed.shape[1] - 1)[None]
     if model.config.vision.kind == "swin":
         windows = {

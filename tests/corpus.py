@@ -55,6 +55,7 @@ def assert_equal(got, want):
     assert type(got) is type(want)
     for field in fields(got):
         left, right = getattr(got, field.name), getattr(want, field.name)
-        if isinstance(left, np.ndarray):
-            left, right = torch.from_numpy(left), torch.from_numpy(right)
-        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+        if isinstance(left, torch.Tensor):
+            assert torch.equal(left, right), field.name
+        else:
+            assert np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right, field.name

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top: a room imports from its own files and from rooms below, never from beside or above.
 LAYERS = (
     {"errors"},
+    {"model_config"},
     {"config"},
     {"configfile", "kernels", "presets"},
     {"masking", "official"},

@@ -15,6 +15,7 @@ from fastm3ae.data.collate import BatchRequest
 from fastm3ae.masking import (
     corrupt,
     draw_corruption,
+    hidden_patches,
     num_kept_patches,
     select_tokens,
     select_words,
@@ -39,6 +40,7 @@ def test_patches_with_the_smallest_noise_are_kept():
     assert keep_BK.tolist() == [[1, 3], [3, 0]]
     assert restore_BN.tolist() == [[2, 0, 3, 1], [1, 2, 3, 0]]
     assert is_hidden_BN.tolist() == [[True, False, True, False], [False, True, True, False]]
+    assert hidden_patches(restore_BN, 2).tolist() == [[0, 2], [1, 2]]
 
 
 def word_ids(*lengths):

@@ -11,7 +11,7 @@ import torch
 from models import VOCAB, small_batch, small_config, small_model
 
 from fastm3ae import objectives
-from fastm3ae.config import TrainConfig, VisionConfig
+from fastm3ae.config import PretrainConfig, TrainConfig, VisionConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model import packed, packed_step, reads
@@ -331,7 +331,7 @@ def test_one_graph_for_batches_of_any_shape():
 def test_options_of_the_packed_step_are_refused_with_the_other(option):
     with pytest.raises(UserError, match=f"train.{option} is an option of train.step packed only"):
         TrainConfig(step="original", **{option: True})
-    assert TrainConfig(**{option: True}).step_options()[option]
+    assert PretrainConfig(train=TrainConfig(**{option: True})).step_options()[option]
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training import profile as profiling
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.loop import batch_mover
-from fastm3ae.training.pretrain import build_loader, build_model, with_micro_batch
+from fastm3ae.training.pretrain import build_loader, resolve_and_build, with_micro_batch
 
 CPU = torch.device("cpu")
 PHASES = ["waiting for data", "copy, normalisation", "forward", "backward", "optimiser"]
@@ -52,7 +52,7 @@ def make_steps(folder, num_steps=1, **changes):
     """The steps of the tiny run, its resolved configuration and its model."""
     config = from_dict(PretrainConfig(), yaml.safe_load(write_config(folder, **changes).read_text()))
     processes = Processes("cpu")
-    config, tokenizer, model = build_model(config, processes)
+    config, tokenizer, model = resolve_and_build(config, processes)
     config = with_micro_batch(config, model, processes)
     loader = build_loader(config, tokenizer, "train", processes)
     bar = tqdm(total=num_steps, disable=True)
@@ -186,7 +186,7 @@ def test_flops_are_those_of_a_step_with_values(corpus, step, micro_batch):
     assert len(on_host) == -(-8 // micro_batch)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for piece in map(to_device, on_host):
-            outputs = model(piece, **config.train.step_options())
+            outputs = model(piece, **config.step_options())
             objectives.total(objectives.losses(outputs, piece, config.model)).backward()
     counted = profiling.count_step(config, [piece.to("meta") for piece in on_host])
     assert counted.total() == counter.get_total_flops() > 0

@@ -68,7 +68,10 @@ class ImageTextBatch:
 
 @dataclass(kw_only=True)
 class PretrainBatch(ImageTextBatch):
-    """Pairs with every random choice of the three pre-training objectives already made.
+    """Pairs with every random choice of pre-training already made.
+
+    M3AE masks one side at a time and also shows false images; MPMA masks both sides of a pair at once, by the same
+    fields, and leaves image-text matching alone.
 
     Args:
         mlm_ids_BT: (B, T) int64, the text with masked, replaced and kept tokens at the predicted positions.
@@ -159,10 +162,11 @@ class RetrievalBatch(ImageTextBatch):
         if self.num_false_tokens_BR is None:
             self.num_false_tokens_BR = _count_tokens(self.is_false_text_padding_BRT)
 
-    def candidates(self) -> tuple[Tensor, np.ndarray]:
-        """Returns the ids (B, 1 + R, T) of each image's texts, its own first, and how many tokens they have."""
+    def candidates(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Returns each image's 1 + R texts, its own first: their ids, what of them is padding, and their lengths."""
         ids_BRT = torch.cat([self.text_ids_BT[:, None], self.false_text_ids_BRT], dim=1)
-        return ids_BRT, np.concatenate([self.num_tokens_B[:, None], self.num_false_tokens_BR], axis=1)
+        is_padding_BRT = torch.cat([self.is_padding_BT[:, None], self.is_false_text_padding_BRT], dim=1)
+        return ids_BRT, is_padding_BRT, np.concatenate([self.num_tokens_B[:, None], self.num_false_tokens_BR], axis=1)
 
 
 def _count_tokens(is_padding: Tensor) -> np.ndarray:

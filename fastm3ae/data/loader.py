@@ -211,16 +211,16 @@ def pretrain_loader(
     Raises:
         UserError: A file is missing or cannot be read, the split is empty, or smaller than a training batch.
     """
-    data, train, vision = config.data, config.train, config.model.vision
+    data, train, model = config.data, config.train, config.model
     is_training = split == "train"
     batches = PretrainBatches(
         PairDataset(dataset_files(data.root, data.datasets, split), alpha=data.alpha),
         tokenizer,
-        make_transform(data.train_transform if is_training else data.val_transform, vision.image_size_px),
+        make_transform(data.train_transform if is_training else data.val_transform, model.image_size_px),
         max_text_tokens=data.max_text_tokens,
         masking=config.masking,
-        num_patches=(vision.image_size_px // vision.patch_size_px) ** 2 if "mim" in config.model.objectives else 0,
-        false_images=config.data.itm_negatives if "itm" in config.model.objectives else None,
+        num_patches=model.num_noise_patches,
+        false_images=data.itm_negatives if model.draws_false_images else None,
         seed=config.seed,
     )
     return Loader(

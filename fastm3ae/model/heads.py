@@ -13,10 +13,25 @@ from timm.layers import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fastm3ae.config import MIMConfig
+from fastm3ae.config import ImageReconstructionConfig, MIMConfig
 from fastm3ae.kernels import masked_token_loss, restore_patches
 
-__all__ = ["AnswerHead", "MIMDecoder", "MLMHead", "MLMOutputs", "Pooler", "sincos_positions"]
+__all__ = [
+    "HEADS",
+    "AnswerHead",
+    "MIMDecoder",
+    "MIMOutputs",
+    "MLMHead",
+    "MLMOutputs",
+    "Pooler",
+    "init_weights",
+    "sincos_positions",
+]
+
+# Parameters of these names belong to one objective; all others are shared. Heads that M3AE and MPMA both have carry
+# the same name.
+HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.",
+         "global_head.", "local_head.")  # fmt: skip
 
 
 class Pooler(nn.Module):
@@ -73,16 +88,42 @@ class AnswerHead(nn.Sequential):
         super().__init__(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, num_labels))
 
 
+class MIMOutputs(NamedTuple):
+    """What masked image modelling gives.
+
+    Args:
+        pred: Predicted pixels of all patches (B, N, P), or of the hidden ones alone (B, U, P).
+        hidden: (B, N) bool, True where a patch was hidden from the encoder, or (B, U) int64, the hidden patches.
+    """
+
+    pred: Tensor
+    hidden: Tensor
+
+
 class MIMDecoder(nn.Module):
     """Rebuilds the pixels of all patches from the features of the visible ones.
 
     Visible features and a learned mask token are put back into image order, get fixed 2-D sine-cosine positions, and
-    pass CLIP-style blocks, a norm and a product to pixels.
+    pass the blocks of a ViT, a norm and a product to pixels.
+
+    Args:
+        config: The decoder's sizes.
+        input_width: Width of the features.
+        num_patches: N.
+        patch_size_px: Height and width of a predicted patch.
+        act_layer: The blocks' activation; the default is that of CLIP, which M3AE takes.
 
     Source: M3AE, section 2.2; MIMHead in m3ae/modules/prediction_heads.py.
     """
 
-    def __init__(self, config: MIMConfig, input_width: int, num_patches: int, patch_size_px: int) -> None:
+    def __init__(
+        self,
+        config: MIMConfig | ImageReconstructionConfig,
+        input_width: int,
+        num_patches: int,
+        patch_size_px: int,
+        act_layer: type[nn.Module] = QuickGELU,
+    ) -> None:
         super().__init__()
         width = config.decoder_width
         self.embed = nn.Linear(input_width, width)
@@ -91,7 +132,7 @@ class MIMDecoder(nn.Module):
         self.register_buffer("positions", positions.unsqueeze(0), persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-5)
         self.blocks = nn.ModuleList(
-            Block(width, config.decoder_num_heads, qkv_bias=True, act_layer=QuickGELU, norm_layer=norm)
+            Block(width, config.decoder_num_heads, qkv_bias=True, act_layer=act_layer, norm_layer=norm)
             for _ in range(config.decoder_num_layers)
         )
         self.norm = norm(width)
@@ -128,6 +169,17 @@ def _rows_of_block(block: Block, x_BLD: Tensor, rows_BU: Tensor) -> Tensor:
     context_BHUd = F.scaled_dot_product_attention(heads(q_BUD), heads(k_BLD), heads(v_BLD))
     x_BUD = x_BLD.gather(1, index_BUD) + attention.proj(context_BHUd.transpose(1, 2).flatten(2))
     return x_BUD + block.mlp(block.norm2(x_BUD))
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Starts products and embeddings from N(0, std^2), and biases from 0.
+
+    Source: init_weights in m3ae/modules/m3ae_utils.py.
+    """
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def sincos_positions(width: int, grid: int) -> np.ndarray:

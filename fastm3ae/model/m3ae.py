@@ -5,36 +5,21 @@ official file m3ae/modules/m3ae_module.py.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastm3ae.config import M3AEConfig, Step
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
-from fastm3ae.masking import split_patches
+from fastm3ae.masking import hidden_patches, split_patches
 from fastm3ae.model.fusion import CoAttentionFusion
-from fastm3ae.model.heads import AnswerHead, MIMDecoder, MLMHead, MLMOutputs, Pooler
+from fastm3ae.model.heads import AnswerHead, MIMDecoder, MIMOutputs, MLMHead, MLMOutputs, Pooler, init_weights
 from fastm3ae.model.packed_step import run_packed
 from fastm3ae.model.text import build_text, encode_tokens
 from fastm3ae.model.vision import build_vision, encode_pixels
 
-__all__ = ["HEADS", "M3AE", "MIMOutputs"]
-
-# Parameters of these names belong to one objective; all others are shared.
-HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.")
-
-
-class MIMOutputs(NamedTuple):
-    """What masked image modelling gives.
-
-    Args:
-        pred: Predicted pixels of all patches (B, N, P), or of the hidden ones alone (B, U, P).
-        hidden: (B, N) bool, True where a patch was hidden from the encoder, or (B, U) int64, the hidden patches.
-    """
-
-    pred: Tensor
-    hidden: Tensor
+__all__ = ["M3AE"]
 
 
 class M3AE(nn.Module):
@@ -61,8 +46,8 @@ class M3AE(nn.Module):
         if "mlm" in objectives:
             self.mlm_head = MLMHead(width, config.text.vocab_size)
         if "mim" in objectives:
-            num_patches = (config.vision.image_size_px // config.vision.patch_size_px) ** 2
-            self.mim_decoder = MIMDecoder(config.mim, width, num_patches, config.vision.patch_size_px)
+            vision = config.vision
+            self.mim_decoder = MIMDecoder(config.mim, width, vision.num_patches, vision.patch_size_px)
         if "itm" in objectives or "retrieval" in objectives:
             self.itm_head = nn.Linear(2 * width, 2)
         if "vqa" in objectives:
@@ -73,13 +58,21 @@ class M3AE(nn.Module):
             self.retrieval_head = nn.Linear(2 * width, 1)
         for name, module in self.named_children():
             if name not in ("vision", "text"):
-                module.apply(partial(_init_weights, std=config.init_std))
+                module.apply(partial(init_weights, std=config.init_std))
         if "mim" in objectives:
             nn.init.normal_(self.mim_decoder.mask_token, std=config.init_std)
             for block in self.mim_decoder.blocks:
                 nn.init.xavier_uniform_(block.attn.qkv.weight)  # the original's initialisation misses in_proj_weight
         if "retrieval" in objectives:
             self.init_retrieval_head()
+
+    @property
+    def leaves_some_alone(self) -> bool:
+        """Whether there are parameters that no objective reads, which then have no gradient.
+
+        Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
+        """
+        return "itm" not in self.config.objectives
 
     def init_retrieval_head(self) -> None:
         """Starts the retrieval head from the matching row of the ITM head, which is frozen.
@@ -152,10 +145,7 @@ class M3AE(nn.Module):
 
     def mim_outputs_of_hidden(self, image_BLD: Tensor, restore_BN: Tensor) -> MIMOutputs:
         """Rebuilds the hidden patches alone from the features of CLS and the visible ones."""
-        num_kept = image_BLD.shape[1] - 1
-        rank_BN = torch.arange(restore_BN.shape[1], device=restore_BN.device).expand_as(restore_BN)
-        order_BN = torch.empty_like(restore_BN).scatter_(1, restore_BN, rank_BN)
-        hidden_BU = order_BN[:, num_kept:].contiguous()
+        hidden_BU = hidden_patches(restore_BN, image_BLD.shape[1] - 1)
         return MIMOutputs(self.mim_decoder(image_BLD, restore_BN, hidden_BU), hidden_BU)
 
     def itm(self, batch: PretrainBatch) -> Tensor:
@@ -173,8 +163,7 @@ class M3AE(nn.Module):
 
     def retrieval(self, batch: RetrievalBatch) -> Tensor:
         """Returns the scores (B, 1 + R) of each image with its own text and with R false texts."""
-        ids_BRT = torch.cat([batch.text_ids_BT[:, None], batch.false_text_ids_BRT], dim=1)
-        is_padding_BRT = torch.cat([batch.is_padding_BT[:, None], batch.is_false_text_padding_BRT], dim=1)
+        ids_BRT, is_padding_BRT, _ = batch.candidates()
         num_texts = ids_BRT.shape[1]
         # The vision tower has no dropout, so encoding an image once is what encoding it for each text gives.
         image_BLD = self.encode_image(batch.image_BCHW).repeat_interleave(num_texts, dim=0)
@@ -198,11 +187,3 @@ class M3AE(nn.Module):
         if step == "original":
             return {objective: getattr(self, objective)(batch) for objective in self.config.objectives}
         return run_packed(self, batch, **options)
-
-
-def _init_weights(module: nn.Module, std: float) -> None:
-    """Source: init_weights in m3ae/modules/m3ae_utils.py."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -5,12 +5,15 @@ rows of tokens (S, D) as they do on batches.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertModel, PretrainedConfig, RobertaModel
 
 from fastm3ae.kernels import gather_image_patches, gather_patches, packed_attention
@@ -19,22 +22,66 @@ from fastm3ae.model.plan import Plan, StreamPlan
 from fastm3ae.model.rows import Layout
 from fastm3ae.model.vision import encode_pixels
 
-__all__ = ["Run", "attend", "call", "encode_images", "encode_texts", "fuse"]
+__all__ = [
+    "Encoded",
+    "Run",
+    "attend",
+    "call",
+    "checkpointed",
+    "co_attend",
+    "encode_images",
+    "encode_texts",
+    "fuse",
+    "maybe_compiled",
+]
 
 
 # Runs a function of a layer and its arguments: ``call``, or something that checkpoints its activations.
-Run = Callable[..., Tensor]
+Run = Callable[..., Any]
 
 
-def call(function: Callable[..., Tensor], *arguments) -> Tensor:
+def call(function: Callable[..., Any], *arguments) -> Any:
     """Returns what the function returns."""
     return function(*arguments)
 
 
+checkpointed: Run = partial(checkpoint, use_reentrant=False)
+
+
+def maybe_compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """Returns the function, or one graph that ``torch.compile`` makes of it."""
+    return _compiled(function) if compiled else function
+
+
+@cache  # a second wrapper would compile again
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)
+
+
+class Encoded(NamedTuple):
+    """Packed sequences behind a tower, or behind one of its layers.
+
+    Args:
+        tokens_SD: The features.
+        q_SHd: The queries of the last layer; None: of none, or of a Swin's.
+        k_SHd: Its keys.
+    """
+
+    tokens_SD: Tensor
+    q_SHd: Tensor | None
+    k_SHd: Tensor | None
+
+
 def attend(
-    q_QHd: Tensor, k_SHd: Tensor, v_SHd: Tensor, queries: Layout, keys: Layout, dropout_frac: float = 0.0
+    q_QHd: Tensor,
+    k_SHd: Tensor,
+    v_SHd: Tensor,
+    queries: Layout,
+    keys: Layout,
+    dropout_frac: float = 0.0,
+    memory: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Returns what each query gathers from the keys of its own sequence, heads joined: (Q, H * d)."""
+    """Returns what each query gathers from the keys of its own sequence and the memory, heads joined: (Q, H * d)."""
     # A seed from the device's own generator: nothing waits, and a resumed run draws the same.
     seed = torch.randint(2**62, (), device=q_QHd.device) if dropout_frac > 0 else None
     context_QHd = packed_attention(
@@ -47,6 +94,7 @@ def attend(
         max_k_len=keys.max_length,
         dropout_frac=dropout_frac,
         seed=seed,
+        memory=None if memory is None else tuple(x_MHd.to(q_QHd.dtype) for x_MHd in memory),
     )
     return context_QHd.flatten(1)
 
@@ -58,8 +106,8 @@ def encode_images(
     keep_BK: Tensor | None,
     plan: Plan,
     run: Run = call,
-) -> Tensor:
-    """Encodes the images that the plan names, whole ones and visible patches together: (S, D).
+) -> Encoded:
+    """Encodes the images that the plan names, whole ones and visible patches together.
 
     Args:
         vision: The tower.
@@ -73,18 +121,17 @@ def encode_images(
     if len(plan.false_images):
         images_NCHW = torch.cat([images_NCHW, plan.false_images.of(false_image_FCHW)])
     if isinstance(vision, SwinTransformer):
-        return encode_pixels(vision, images_NCHW).flatten(0, 1)
-    x_SD = _embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan)
-    layout = plan.image_layout
+        return Encoded(encode_pixels(vision, images_NCHW).flatten(0, 1), None, None)
+    encoded = Encoded(_embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan), None, None)
     for block in vision.blocks:
-        x_SD = run(_vision_block, block, x_SD, layout)
-    return vision.norm(x_SD)
+        encoded = run(_vision_block, block, encoded.tokens_SD, plan.image_layout)
+    return encoded._replace(tokens_SD=vision.norm(encoded.tokens_SD))
 
 
-def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Tensor:
+def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Encoded:
     q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
     x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
-    return x_SD + block.mlp(block.norm2(x_SD))
+    return Encoded(x_SD + block.mlp(block.norm2(x_SD)), q, k)
 
 
 def _embed_images(
@@ -112,20 +159,20 @@ def _embed_images(
     return vit.norm_pre(torch.cat(parts))
 
 
-def encode_texts(text: RobertaModel | BertModel, plan: Plan, run: Run = call) -> Tensor:
-    """Encodes the texts that the plan names: (S, D). ``run`` runs a layer."""
+def encode_texts(text: RobertaModel | BertModel, plan: Plan, run: Run = call) -> Encoded:
+    """Encodes the texts that the plan names. ``run`` runs a layer."""
     ids, positions = zip(*((group.ids_NT, _positions(text, group.ids_NT)) for group in plan.texts), strict=True)
     rows = plan.text_rows.tensor
     ids_1S = torch.cat([part.flatten() for part in ids]).index_select(0, rows)[None]
     positions_1S = torch.cat([part.flatten() for part in positions]).index_select(0, rows)[None]
     hidden_1SD = text.embeddings(input_ids=ids_1S, position_ids=positions_1S, token_type_ids=torch.zeros_like(ids_1S))
-    hidden_SD = hidden_1SD[0]
+    encoded = Encoded(hidden_1SD[0], None, None)
     for layer in text.encoder.layer:
-        hidden_SD = run(_text_layer, layer, hidden_SD, plan.text_layout, text.config)
-    return hidden_SD
+        encoded = run(_text_layer, layer, encoded.tokens_SD, plan.text_layout, text.config)
+    return encoded
 
 
-def _text_layer(layer: nn.Module, hidden_SD: Tensor, layout: Layout, config: PretrainedConfig) -> Tensor:
+def _text_layer(layer: nn.Module, hidden_SD: Tensor, layout: Layout, config: PretrainedConfig) -> Encoded:
     attention = layer.attention.self
     q, k, v = (
         product(hidden_SD).unflatten(-1, (config.num_attention_heads, -1))
@@ -133,7 +180,7 @@ def _text_layer(layer: nn.Module, hidden_SD: Tensor, layout: Layout, config: Pre
     )
     dropout_frac = config.attention_probs_dropout_prob if layer.training else 0.0
     hidden_SD = layer.attention.output(attend(q, k, v, layout, layout, dropout_frac), hidden_SD)
-    return layer.output(layer.intermediate(hidden_SD), hidden_SD)
+    return Encoded(layer.output(layer.intermediate(hidden_SD), hidden_SD), q, k)
 
 
 def _positions(text: RobertaModel | BertModel, ids_NT: Tensor) -> Tensor:
@@ -180,7 +227,13 @@ def fuse(
     return read
 
 
-def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: StreamPlan) -> Tensor:
+def co_attend(
+    layer: CoAttentionLayer,
+    x_SD: Tensor,
+    other_SD: Tensor,
+    stream: StreamPlan,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Returns the rows that the plan wants of a stream's next features: (Q, D).
 
     Args:
@@ -188,6 +241,7 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
         x_SD: This stream's rows.
         other_SD: The other stream's rows.
         stream: Which rows are computed.
+        memory: Keys and values that cross-attention sees besides the other stream's, (M, H, d) each.
     """
     if not stream.is_read:
         return x_SD[:0]
@@ -209,5 +263,5 @@ def co_attend(layer: CoAttentionLayer, x_SD: Tensor, other_SD: Tensor, stream: S
     x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, dropout_frac))
     (q,) = heads(layer.cross_q(x_QD), 1)
     k, v = heads(layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
-    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac))
+    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac, memory))
     return layer.add_mlp(x_QD)

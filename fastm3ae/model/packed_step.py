@@ -7,18 +7,13 @@ by the order of sums, and by which random numbers dropout draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch.utils.checkpoint import checkpoint
 
 from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.masking import num_kept_patches, split_patches
-from fastm3ae.model.packed import Run, call, encode_images, encode_texts, fuse
+from fastm3ae.model.packed import Run, call, checkpointed, encode_images, encode_texts, fuse, maybe_compiled
 from fastm3ae.model.plan import Plan, make_plan
-from fastm3ae.model.reads import OBJECTIVES, PatchOrder
+from fastm3ae.model.reads import OBJECTIVES
 from fastm3ae.model.vision import num_image_tokens
 
 if TYPE_CHECKING:
@@ -47,13 +42,7 @@ def run_packed(
             from batch to batch; after the first few batches the graph leaves them open.
     """
     plan = plan_batch(model, batch, share_texts)
-    run = partial(checkpoint, use_reentrant=False) if checkpoint_activations else call
-    return (_compiled_compute() if compiled else compute)(model, batch, plan, run)
-
-
-@cache
-def _compiled_compute() -> Callable[..., dict[str, Any]]:
-    return torch.compile(compute, fullgraph=True)
+    return maybe_compiled(compute, compiled)(model, batch, plan, checkpointed if checkpoint_activations else call)
 
 
 def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False) -> Plan:
@@ -74,13 +63,14 @@ def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False) ->
 def compute(model: M3AE, batch: ImageTextBatch, plan: Plan, run: Run = call) -> dict[str, Any]:
     """Computes what the plan says, without asking the device for anything: one graph for ``torch.compile``."""
     config = model.config
-    order = PatchOrder(*split_patches(batch.patch_noise_BN, config.mim.patch_frac)) if plan.num_visible else None
+    order = split_patches(batch.patch_noise_BN, config.mim.patch_frac) if plan.num_visible else None
     false_image_FCHW = getattr(batch, "false_image_FCHW", None)
     keep_BK = None if order is None else order.keep_BK
-    image_SD = encode_images(model.vision, batch.image_BCHW, false_image_FCHW, keep_BK, plan, run)
+    image_SD = encode_images(model.vision, batch.image_BCHW, false_image_FCHW, keep_BK, plan, run).tokens_SD
     image_SD = model.image_proj(image_SD) + model.modality_embeddings.weight[1]
     text_SD = None
     if plan.texts:
-        text_SD = model.text_proj(encode_texts(model.text, plan, run)) + model.modality_embeddings.weight[0]
+        text_SD = encode_texts(model.text, plan, run).tokens_SD
+        text_SD = model.text_proj(text_SD) + model.modality_embeddings.weight[0]
     read = fuse(model.fusion, text_SD, image_SD, plan, run)
     return {name: OBJECTIVES[name].head(model, read[name], batch, order) for name in config.objectives}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastm3ae.model.rows import Index, Layout, Rows, rows_of, send
+from fastm3ae.model.rows import Index, Layout, Rows, ranges, rows_of, send
 
 __all__ = ["Images", "LayerPlan", "Plan", "Read", "Reads", "StreamPlan", "Texts", "make_plan"]
 
@@ -93,6 +93,7 @@ class StreamPlan:
         queries: What is computed of each pair: all, and then of further pairs the rows that are read.
         num_whole: Rows of the pairs of which all is computed; they stand first in the stream.
         tail: The further rows that are queries.
+        is_whole: Whether the queries' rows are the keys', in the same order.
         keys: What each pair's self-attention reads.
         key_rows: Where that stands in this stream.
         cross_keys: What each pair's cross-attention reads.
@@ -104,16 +105,12 @@ class StreamPlan:
     queries: Layout
     num_whole: int
     tail: Rows
+    is_whole: bool
     keys: Layout
     key_rows: Rows
     cross_keys: Layout
     cross_key_rows: Rows
     is_read: bool
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the queries are all of the keys, in their order."""
-        return self.queries.num_tokens == self.keys.num_tokens
 
 
 @dataclass(frozen=True)
@@ -257,10 +254,7 @@ def _valid_rows(groups) -> np.ndarray:
     rows, first = [np.zeros(0, np.int64)], 0
     for group in groups:
         num_texts, num_tokens = group.ids_NT.shape
-        starts = first + np.arange(num_texts) * num_tokens
-        lengths = group.num_tokens_N
-        skipped = np.cumsum(lengths) - lengths
-        rows.append(np.repeat(starts - skipped, lengths) + np.arange(lengths.sum()))
+        rows.append(ranges(first + np.arange(num_texts) * num_tokens, group.num_tokens_N))
         first += num_texts * num_tokens
     return np.concatenate(rows)
 
@@ -268,7 +262,7 @@ def _valid_rows(groups) -> np.ndarray:
 def _read_rows(layout: Layout, sequences: np.ndarray, read: Read) -> np.ndarray:
     if read.positions is None:
         return layout.rows(sequences)
-    starts = np.cumsum(layout.lengths) - layout.lengths
+    starts = layout.ends.array
     rows = [starts[sequence] + np.asarray(p, np.int64) for sequence, p in zip(sequences, read.positions, strict=True)]
     return np.concatenate([np.zeros(0, np.int64), *rows])
 
@@ -310,13 +304,15 @@ def _stream(
         else:
             continue
         computed.append(pairs)
-    pairs = np.concatenate(computed)
+    pairs, tail = np.concatenate(computed), np.concatenate(tails)
+    key_rows = here.rows(pairs)
     return StreamPlan(
         queries=Layout(np.concatenate(query_lengths)),
         num_whole=num_whole,
-        tail=rows_of(np.concatenate(tails)),
+        tail=rows_of(tail),
+        is_whole=np.array_equal(np.concatenate([np.arange(num_whole), tail]), key_rows),
         keys=Layout(here.lengths[pairs]),
-        key_rows=rows_of(here.rows(pairs)),
+        key_rows=rows_of(key_rows),
         cross_keys=Layout(other.lengths[pairs]),
         cross_key_rows=rows_of(other.rows(pairs)),
         is_read=len(computed) > 1,

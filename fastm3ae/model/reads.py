@@ -7,33 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
+from fastm3ae.masking import PatchOrder
 from fastm3ae.model.plan import Images, Read, Reads, Texts
 
 if TYPE_CHECKING:
     from fastm3ae.model.m3ae import M3AE
 
-__all__ = ["OBJECTIVES", "Objective", "PatchOrder"]
-
-
-class PatchOrder(NamedTuple):
-    """Which patches of the batch's images are visible.
-
-    Args:
-        keep_BK: int64 indices of the visible patches.
-        restore_BN: int64, for each patch its place in "kept patches, then hidden patches".
-        is_hidden_BN: True at the others.
-    """
-
-    keep_BK: Tensor
-    restore_BN: Tensor
-    is_hidden_BN: Tensor
+__all__ = ["OBJECTIVES", "Objective"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ def _classification_head(
 
 def _retrieval_reads(batch: RetrievalBatch, config: M3AEConfig) -> Reads:
     """Each image with its own text and with the false ones."""
-    ids_BRT, num_tokens_BR = batch.candidates()
+    ids_BRT, _, num_tokens_BR = batch.candidates()
     num_texts = ids_BRT.shape[1]
     texts = Texts("candidates", ids_BRT.flatten(0, 1), num_tokens_BR.ravel(), np.arange(len(batch) * num_texts))
     return _cls_reads(texts, Images(np.repeat(np.arange(len(batch)), num_texts)), config)

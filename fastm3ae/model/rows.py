@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Index", "Layout", "Rows", "rows_of", "send"]
+__all__ = ["Index", "Layout", "Rows", "ranges", "rows_of", "send"]
 
 
 @dataclass
@@ -65,10 +65,7 @@ class Layout:
 
     def rows(self, sequences: np.ndarray) -> np.ndarray:
         """Returns the rows of these sequences, one sequence after another."""
-        lengths = self.lengths[sequences]
-        starts = self.ends.array[sequences]
-        skipped = np.cumsum(lengths) - lengths
-        return np.repeat(starts - skipped, lengths) + np.arange(lengths.sum())
+        return ranges(self.ends.array[sequences], self.lengths[sequences])
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,12 @@ class Rows:
         if self.index is not None:
             return x_SD.index_select(0, self.index.tensor)
         return x_SD if (self.first, self.last) == (0, len(x_SD)) else x_SD[self.first : self.last]
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns start, start + 1, ... of each range, one range after another."""
+    skipped = np.cumsum(lengths) - lengths
+    return np.repeat(starts - skipped, lengths) + np.arange(lengths.sum())
 
 
 def rows_of(rows: np.ndarray) -> Rows:

@@ -29,8 +29,10 @@ __all__ = [
 def build_vision(config: VisionConfig) -> VisionTransformer | SwinTransformer:
     """Builds the tower with random weights.
 
-    Source: m3ae/modules/vision_encoders/clip_model.py (pre-norm ViT, QuickGELU, eps 1e-5, heads of width 64, norm on
-    all tokens, no projection) and swin_transformer.py (windows of image size / 32, no classifier).
+    A "vit" is what timm's ``vit_base_patch16_224`` is, at other sizes.
+
+    Source of the others: m3ae/modules/vision_encoders/clip_model.py (pre-norm ViT, QuickGELU, eps 1e-5, heads of width
+    64, norm on all tokens, no projection) and swin_transformer.py (windows of image size / 32, no classifier).
     """
     if config.kind == "swin":
         return SwinTransformer(
@@ -44,7 +46,8 @@ def build_vision(config: VisionConfig) -> VisionTransformer | SwinTransformer:
             window_size=config.image_size_px // 32,
             drop_path_rate=config.swin_drop_path_frac,
         )
-    return VisionTransformer(
+    vit = partial(
+        VisionTransformer,
         img_size=config.image_size_px,
         patch_size=config.patch_size_px,
         num_classes=0,
@@ -52,10 +55,10 @@ def build_vision(config: VisionConfig) -> VisionTransformer | SwinTransformer:
         embed_dim=config.width,
         depth=config.num_blocks,
         num_heads=config.width // 64,
-        pre_norm=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        act_layer=QuickGELU,
     )
+    if config.kind == "vit":
+        return vit()
+    return vit(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5), act_layer=QuickGELU)
 
 
 def clip_front(vit: VisionTransformer, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:

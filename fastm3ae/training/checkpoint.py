@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from fastm3ae.config import M3AEConfig
+from fastm3ae.config import ModelConfig
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
 from fastm3ae.pretrained import WEIGHTS_FILE, save_weights
 
 __all__ = ["BEST", "Checkpointer", "checkpoints", "damage", "load_training_state", "newest_whole"]
@@ -51,7 +51,7 @@ class Checkpointer:
         self._writing: Future[None] | None = None
         self._failure: str | None = None
 
-    def save(self, step: int, model: M3AE, state: dict[str, Any], is_best: bool) -> None:
+    def save(self, step: int, model: Model, state: dict[str, Any], is_best: bool) -> None:
         """Copies the state, then writes it without being waited for; waits for a checkpoint that is still written.
 
         Args:
@@ -83,7 +83,7 @@ class Checkpointer:
         if self._failure is not None:
             raise UserError(self._failure)
 
-    def _write(self, step: int, config: M3AEConfig, copy: dict[str, Any], is_best: bool) -> None:
+    def _write(self, step: int, config: ModelConfig, copy: dict[str, Any], is_best: bool) -> None:
         final = self.folder / f"step_{step:06d}"
         partial, old = (self.folder / f".{final.name}.{end}" for end in ("partial", "old"))
         try:

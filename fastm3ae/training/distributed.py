@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastm3ae.errors import UserError
@@ -106,6 +106,21 @@ class Processes:
         values: list[Any] = [None] * self.number
         _talk(dist.all_gather_object, values, value, group=self._host)
         return values
+
+    def gather_rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """Returns the rows of all processes, in order and without gradients, and at which of them this one's begin.
+
+        Args:
+            x: (rows, ...) on this process's device; the processes may have different numbers of rows, also none.
+        """
+        if self._host is None:
+            return x, 0
+        sizes = self.gather(len(x))
+        own = x.new_zeros(max(sizes), *x.shape[1:])
+        own[: len(x)] = x
+        rows = [torch.empty_like(own) for _ in sizes]
+        _talk(dist.all_gather, rows, own)
+        return torch.cat([some[:size] for some, size in zip(rows, sizes, strict=True)]), sum(sizes[: self.rank])
 
     def from_first(self, make: Callable[[], Value]) -> Value:
         """Returns what ``make`` gives in the first process, everywhere; its UserError ends all, and it says why.

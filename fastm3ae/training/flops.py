@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from fastm3ae.config import M3AEConfig
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.config import ModelConfig
+from fastm3ae.model.build import Model, build_model
 
 __all__ = ["DIRECTIONS", "PARTS", "Flops", "FlopsByPart", "count_flops", "model_without_values"]
 
@@ -38,6 +38,14 @@ PARTS = {
     "mlm_head.": "MLM head",
     "mim_decoder.": "MIM decoder",
     "itm_head.": "ITM head",
+    "vqa_head.": "VQA head",
+    "classification_head.": "classification head",
+    "retrieval_head.": "retrieval head",
+    "fusion.layers.": "memory fusion",
+    "fusion.slots.": "memory fusion",
+    "fusion.topk.": "memory fusion",
+    "global_head.": "alignment heads",
+    "local_head.": "alignment heads",
 }
 DIRECTIONS = ("forward", "backward")
 
@@ -71,13 +79,13 @@ def packed_attention_backward_flops(grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, lse_
     return 2 * packed_attention_flops(q_QHd, k_SHd, v_SHd, *places)
 
 
-def model_without_values(config: M3AEConfig) -> M3AE:
+def model_without_values(config: ModelConfig) -> Model:
     """Returns a model on the device "meta"."""
     with torch.device("meta"):
-        return M3AE(config).to("meta")  # .to: the decoder's positions come from NumPy
+        return build_model(config).to("meta")  # .to: the decoder's positions come from NumPy
 
 
-def count_flops(model: M3AE, losses: Iterable[tuple[str, Tensor]]) -> dict[str, Flops]:
+def count_flops(model: Model, losses: Iterable[tuple[str, Tensor]]) -> dict[str, Flops]:
     """Counts the FLOPs of losses and their gradients.
 
     Args:
@@ -108,7 +116,7 @@ class FlopsByPart(TorchFunctionMode):
         direction: "forward" or "backward": what runs now.
     """
 
-    def __init__(self, model: M3AE) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.direction = "forward"
         self.counter = FlopCounterMode(display=False)

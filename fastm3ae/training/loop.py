@@ -18,7 +18,7 @@ from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.data.loader import Loader
 from fastm3ae.errors import Interrupted, UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
 from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.interrupt import StopRequest
@@ -58,12 +58,12 @@ def batch_mover(data: DataConfig, device: torch.device) -> Callable[[PretrainBat
     return move
 
 
-def build_step(config: PretrainConfig, model: M3AE, num_steps: int, processes: Processes) -> OptimizerStep:
+def build_step(config: PretrainConfig, model: Model, num_steps: int, processes: Processes) -> OptimizerStep:
     """Returns what makes the run's steps on the model."""
     train, device = config.train, processes.device
     is_fp16 = compute_dtype(train, device) == torch.float16
     autocast = autocast_context(train, device)
-    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, train.step_options())
+    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, config.step_options())
 
 
 class Trainer:
@@ -84,7 +84,7 @@ class Trainer:
         self,
         config: PretrainConfig,
         tokenizer: PreTrainedTokenizerFast,
-        model: M3AE,
+        model: Model,
         train_loader: Loader,
         val_loader: Loader,
         run_folder: RunFolder | None,

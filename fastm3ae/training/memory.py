@@ -10,7 +10,7 @@ from fastm3ae import objectives
 from fastm3ae.config import PretrainConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
 
 __all__ = ["explain_full_memory", "fit_micro_batch", "largest_that_fits"]
 
@@ -19,7 +19,7 @@ ADAM_STATES = 2  # running means of the gradients and of their squares, each as 
 
 
 def fit_micro_batch(
-    model: M3AE, config: PretrainConfig, most: int, autocast: Callable[[], AbstractContextManager]
+    model: Model, config: PretrainConfig, most: int, autocast: Callable[[], AbstractContextManager]
 ) -> int:
     """Returns how many pairs the model's device can train on at once, at most ``most``.
 
@@ -45,7 +45,7 @@ def fit_micro_batch(
         batch = longest_batch(config, num_pairs).to(device)
         for _ in range(2):  # the second beside the gradients of the first
             with autocast():
-                results = objectives.losses(model(batch, **config.train.step_options()), batch, model.config)
+                results = objectives.losses(model(batch, **config.step_options()), batch, model.config)
             objectives.total(results).backward()
         del reserved
 
@@ -102,10 +102,9 @@ def explain_full_memory(device: torch.device, step: int, micro_batch: int) -> It
 
 def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
     """Returns a batch that needs as much memory as any: full texts, all images false (and drawn besides)."""
-    vision, num_tokens = config.model.vision, config.data.max_text_tokens
-    images = torch.zeros(num_pairs, 3, vision.image_size_px, vision.image_size_px)
+    size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
+    images = torch.zeros(num_pairs, 3, size, size)
     ids = torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1)
-    num_patches = (vision.image_size_px // vision.patch_size_px) ** 2 if "mim" in config.model.objectives else 0
     is_masked_T = torch.arange(num_tokens) < max(1, round(num_tokens * config.masking.token_frac))
     return PretrainBatch(
         image_BCHW=images,
@@ -118,5 +117,5 @@ def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
         mlm_labels_BT=ids.masked_fill(~is_masked_T, -100),
         itm_labels_B=torch.zeros(num_pairs, dtype=torch.int64),
         false_image_FCHW=images,
-        patch_noise_BN=torch.rand(num_pairs, num_patches),
+        patch_noise_BN=torch.rand(num_pairs, config.model.num_noise_patches),
     )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastm3ae.config import OptimConfig
-from fastm3ae.model.m3ae import HEADS
+from fastm3ae.model.heads import HEADS
 
 __all__ = ["OfficialAdamW", "build_optimizer", "build_schedule", "parameter_groups"]
 
@@ -22,8 +22,9 @@ FUSION = ("image_proj.", "text_proj.", "fusion.", "image_pooler.", "text_pooler.
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Splits the trainable parameters into {base, head, fusion} x {decay, no decay}.
 
-    Biases and the weights of layer norms do not decay, except the norms that the original's list of names misses:
-    those of the CLIP ViT and of the MIM decoder's blocks, and those inside the VQA and classification heads.
+    Biases, the weights of layer norms and the alignment's temperature do not decay, except for M3AE the norms that the
+    original's list of names misses: those of the CLIP ViT and of the MIM decoder's blocks, and those inside the VQA and
+    classification heads.
 
     Returns:
         Six groups with the keys "label", "names", "params", "lr" and "weight_decay"; a group may be empty.
@@ -31,14 +32,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     norm_weights = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)
     }  # fmt: skip
-    clip = model.config.vision.kind == "clip"
+    is_m3ae, clip = model.config.kind == "m3ae", model.config.vision.kind == "clip"
 
     def decays(name: str) -> bool:
-        if "bias" in name:  # also Swin's relative_position_bias_table
+        if "bias" in name or name.endswith("log_temperature"):  # also Swin's relative_position_bias_table
             return False
         if name in norm_weights:
-            return name.startswith(("mim_decoder.blocks.", "vqa_head.", "classification_head.")) or (
-                clip and name.startswith("vision.")
+            return is_m3ae and (
+                name.startswith(("mim_decoder.blocks.", "vqa_head.", "classification_head."))
+                or (clip and name.startswith("vision."))
             )
         return True
 

@@ -15,7 +15,7 @@ from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model, build_model
 from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
 from fastm3ae.training.checkpoint import load_training_state
 from fastm3ae.training.distributed import Processes
@@ -24,7 +24,7 @@ from fastm3ae.training.memory import fit_micro_batch
 from fastm3ae.training.resume import check_same_run, find_checkpoint
 from fastm3ae.training.run_folder import RunFolder
 
-__all__ = ["build_loader", "build_model", "pretrain", "with_micro_batch"]
+__all__ = ["build_loader", "pretrain", "resolve_and_build", "with_micro_batch"]
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         Interrupted: A signal ended the run; what it had is saved.
     """
     processes = Processes(config.train.device)
-    config, tokenizer, model = build_model(processes.from_first(lambda: config), processes)
+    config, tokenizer, model = resolve_and_build(processes.from_first(lambda: config), processes)
     checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
     state = None if checkpoint is None else load_training_state(checkpoint)
     config = with_micro_batch(config, model, processes, state)
@@ -82,7 +82,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     return summary if processes.is_first else None
 
 
-def build_model(config: PretrainConfig, processes: Processes) -> tuple[PretrainConfig, PreTrainedTokenizerFast, M3AE]:
+def resolve_and_build(
+    config: PretrainConfig, processes: Processes
+) -> tuple[PretrainConfig, PreTrainedTokenizerFast, Model]:
     """Returns the resolved configuration, the tokenizer, and the model with random weights on the process's device.
 
     Draws the demo's corpus first, where the run wants it.
@@ -97,7 +99,7 @@ def build_model(config: PretrainConfig, processes: Processes) -> tuple[PretrainC
     if processes.device.type == "cuda":
         check_head_widths(config)
     torch.manual_seed(config.seed)
-    return config, tokenizer, M3AE(config.model).to(processes.device)
+    return config, tokenizer, build_model(config.model).to(processes.device)
 
 
 def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainConfig:
@@ -107,7 +109,7 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
         UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
     """
     others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
-    if others:
+    if others and config.model.kind == "m3ae":
         raise UserError(
             f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
             f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
@@ -146,7 +148,7 @@ def _draw_demo(root: str) -> None:
     tqdm.write(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
 
 
-def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
+def _start_weights(model: Model, config: PretrainConfig) -> list[str]:
     """Loads what the run starts from, and returns notes on what that does not cover."""
     load_tower_weights(model)
     if config.init_from is None:
@@ -160,7 +162,7 @@ def _start_weights(model: M3AE, config: PretrainConfig) -> list[str]:
 
 
 def with_micro_batch(
-    config: PretrainConfig, model: M3AE, processes: Processes, state: dict[str, Any] | None = None
+    config: PretrainConfig, model: Model, processes: Processes, state: dict[str, Any] | None = None
 ) -> PretrainConfig:
     """Returns the configuration with a number as ``train.micro_batch``.
 

@@ -4,7 +4,6 @@ Nothing is learnt that is kept: the model starts from random weights, which take
 written.
 """
 
-import dataclasses
 import itertools
 import resource
 import statistics
@@ -25,13 +24,13 @@ from fastm3ae.config import PretrainConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.loader import Loader
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.flops import DIRECTIONS, PARTS, Flops, count_flops, model_without_values
 from fastm3ae.training.launch import is_one_of_several
 from fastm3ae.training.loop import batch_mover, build_step, compute_dtype
 from fastm3ae.training.memory import explain_full_memory
-from fastm3ae.training.pretrain import build_loader, build_model, with_micro_batch
+from fastm3ae.training.pretrain import build_loader, resolve_and_build, with_micro_batch
 from fastm3ae.training.run_folder import environment
 from fastm3ae.training.step import OptimizerStep
 
@@ -143,7 +142,7 @@ def profile(
     trace = None if trace_folder is None else _make_folder(trace_folder) / "trace.json"
     processes = Processes(config.train.device)
     device = processes.device
-    config, tokenizer, model = build_model(config, processes)
+    config, tokenizer, model = resolve_and_build(config, processes)
     config = with_micro_batch(config, model, processes)
     loader = build_loader(config, tokenizer, "train", processes)
     dtype = compute_dtype(config.train, device)
@@ -193,7 +192,7 @@ class Steps:
         bar: Counts the steps.
     """
 
-    def __init__(self, config: PretrainConfig, model: M3AE, loader: Loader, processes: Processes, bar: tqdm) -> None:
+    def __init__(self, config: PretrainConfig, model: Model, loader: Loader, processes: Processes, bar: tqdm) -> None:
         self.device, self.micro_batch, self.bar = processes.device, config.train.micro_batch, bar
         self.make_step = build_step(config, model.train(), bar.total, processes)
         self.to_device = batch_mover(config.data, processes.device)
@@ -335,7 +334,7 @@ def count_step(config: PretrainConfig, pieces: list[PretrainBatch]) -> Flops:
     """
     model, to_meta = model_without_values(config.model), batch_mover(config.data, torch.device("meta"))
     # What is computed a second time, to save memory, is work that the step does not need.
-    options = dataclasses.replace(config.train, checkpoint_activations=False).step_options()
+    options = config.step_options() | {"checkpoint_activations": False}
 
     def losses() -> Iterator[tuple[str, torch.Tensor]]:
         for piece in map(to_meta, pieces):

@@ -62,7 +62,9 @@ def check_same_run(
     Raises:
         UserError: Configuration or data differ, and ``config.force_resume`` is not set.
     """
-    found = differences(state["config"], to_dict(config))
+    # Checkpoints from before there were several models do not name theirs.
+    then = {**state["config"], "model": {"kind": "m3ae", **state["config"]["model"]}}
+    found = differences(then, to_dict(config))
     faults = [f"{key} is {now!r}, was {was!r}" for key, (was, now) in found.items() if key not in MAY_DIFFER]
     faults += [
         f"{what} does not hold what it held"

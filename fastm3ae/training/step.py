@@ -11,7 +11,8 @@ from fastm3ae import objectives
 from fastm3ae.config import OptimConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
+from fastm3ae.model.build import Model
+from fastm3ae.training.contrast import Pass, passes
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.optim import build_optimizer, build_schedule, parameter_groups
 
@@ -38,7 +39,7 @@ class OptimizerStep:
 
     def __init__(
         self,
-        model: M3AE,
+        model: Model,
         config: OptimConfig,
         num_steps: int,
         processes: Processes,
@@ -48,8 +49,7 @@ class OptimizerStep:
     ) -> None:
         self.model, self.config, self.processes, self.autocast = model, config, processes, autocast
         self.options = options
-        # Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
-        self.parallel = processes.wrap(model, leaves_some_alone="itm" not in model.config.objectives)
+        self.parallel = processes.wrap(model, leaves_some_alone=model.leaves_some_alone)
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
         self.schedule = build_schedule(self.optimizer, config, num_steps)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
@@ -77,11 +77,12 @@ class OptimizerStep:
             pieces = [self._spare]
         self._spare = pieces[-1]
         sums: dict[str, tuple[Tensor, int]] = {}
-        for number, piece in enumerate(pieces, 1):
+        for number, (piece, of_pass) in enumerate(zip(pieces, self._passes(pieces, is_idle), strict=True), 1):
             counts = [0] * len(totals) if is_idle else self.count([piece])
             with self._in_step(number == len(pieces)):
-                with self.autocast():
-                    results = objectives.losses(self.parallel(piece, **self.options), piece, self.model.config)
+                with self.autocast(), of_pass.dropout():
+                    outputs = self.parallel(piece, **self.options)
+                    results = objectives.losses(outputs, piece, self.model.config, of_pass.gather)
                 # The piece's share in the mean over the whole batch: a mean of means would weigh tokens differently.
                 # The processes' gradients are averaged, hence the factor.
                 shares = [
@@ -101,6 +102,11 @@ class OptimizerStep:
         self.schedule.step()
         self.optimizer.zero_grad()
         return {name: (value * 0, 0) for name, (value, _) in sums.items()} if is_idle else sums
+
+    def _passes(self, pieces: Sequence[PretrainBatch], is_idle: bool) -> list[Pass]:
+        if "global_alignment" not in self.model.config.objectives:
+            return [Pass()] * len(pieces)
+        return passes(self.model, pieces, is_idle, self.processes, self.autocast, self.options)
 
     def _in_step(self, is_last: bool) -> AbstractContextManager:
         """Returns the context of a pass: the processes share their gradients in the last one only."""

@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae import objectives
 from fastm3ae.data.batch import PretrainBatch
-from fastm3ae.model.m3ae import M3AE, MIMOutputs
+from fastm3ae.model.build import Model
+from fastm3ae.model.heads import MIMOutputs
+from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training.distributed import Processes
+from fastm3ae.training.retrieval import Retrieval
 from fastm3ae.visualize import Reconstruction, reconstruct, reconstruction_grid
 
 __all__ = ["draw_reconstructions", "validate"]
@@ -21,17 +24,21 @@ __all__ = ["draw_reconstructions", "validate"]
 
 @torch.no_grad()
 def validate(
-    model: M3AE,
+    model: Model,
     batches: Iterable[PretrainBatch],
     autocast: Callable[[], AbstractContextManager],
     processes: Processes,
 ) -> dict[str, float]:
     """Returns the mean of each loss and metric over all batches of all processes, two controls, and a score.
 
-    ``mlm_accuracy_shuffled_image``: the accuracy at the same masked tokens when each text sees another pair's image;
-    what the right image adds is the difference. ``mim_loss_patch_mean``: the loss of predicting each hidden patch as
-    its own mean. ``score``: the sum of the accuracies less the loss of masked image modelling, by which the original
-    chooses its best checkpoint (``epoch_wrapup`` in modules/m3ae_utils.py).
+    Of M3AE. ``mlm_accuracy_shuffled_image``: the accuracy at the same masked tokens when each text sees another pair's
+    image; what the right image adds is the difference. ``mim_loss_patch_mean``: the loss of predicting each hidden
+    patch as its own mean. ``score``: the sum of the accuracies less the loss of masked image modelling, by which the
+    original chooses its best checkpoint (``epoch_wrapup`` in modules/m3ae_utils.py).
+
+    Of MPMA the same under its objectives' names, and ``image_to_report_recall_at_1`` (see ``Retrieval``) over
+    ``image_to_report_candidates`` candidates, the whole images and reports being shown; it counts in the score. The
+    loss of global_alignment contrasts the pairs of one pass, so that it depends on ``train.micro_batch``.
 
     Args:
         model: The model; its mode (training or evaluation) is left as it was.
@@ -43,6 +50,7 @@ def validate(
     model.eval()
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
+    retrieval = Retrieval()
 
     def add(name: str, total: Tensor | float, count: int) -> None:
         sums[name] += float(total)
@@ -57,34 +65,44 @@ def validate(
             add(f"{name}_loss", loss.mean * count, count)
             for metric, total in loss.sums.items():
                 add(f"{name}_{metric}", total, count)
-        if "mlm" in outputs and len(batch) > 1:
-            # Half a batch further on: neighbours may be texts of the same image.
-            other = batch.image_BCHW.roll(len(batch) // 2, dims=0)
+        for name in outputs.keys() & {"mlm", "report_reconstruction"}:
+            if len(batch) > 1:
+                # Half a batch further on: neighbours may be texts of the same image.
+                other = dataclasses.replace(batch, image_BCHW=batch.image_BCHW.roll(len(batch) // 2, dims=0))
+                with autocast():
+                    again = model.mlm(other) if name == "mlm" else model(other, only=(name,))[name]
+                count = objectives.num_averaged(name, batch, model.config)
+                add(f"{name}_accuracy_shuffled_image", again.num_correct, count)
+        for name in outputs.keys() & {"mim", "image_reconstruction"}:
+            means = {name: outputs[name]._replace(pred=_patch_means(outputs[name], batch, model))}
+            (control,) = objectives.losses(means, batch, model.config).values()
+            count = objectives.num_averaged(name, batch, model.config)
+            add(f"{name}_loss_patch_mean", control.mean * count, count)
+        if "global_alignment" in outputs:
             with autocast():
-                shuffled = objectives.mlm(model.mlm(dataclasses.replace(batch, image_BCHW=other)), batch, model.config)
-            count = objectives.num_averaged("mlm", batch, model.config)
-            add("mlm_accuracy_shuffled_image", shuffled.sums["accuracy"], count)
-        if "mim" in outputs:
-            mean = _patch_means(outputs["mim"], batch, model)
-            control = objectives.mim(outputs["mim"]._replace(pred=mean), batch, model.config)
-            count = objectives.num_averaged("mim", batch, model.config)
-            add("mim_loss_patch_mean", control.mean * count, count)
+                retrieval.add(model.embed(batch), batch)
     model.train(was_training)
     shares = processes.gather({name: (sums[name], counts[name]) for name in sums})
     metrics = {}
     for name in {name: None for share in shares for name in share}:  # a process without a batch has none
         total, count = map(sum, zip(*(share[name] for share in shares if name in share), strict=True))
         metrics[name] = total / max(1, count)
-    metrics["score"] = sum(metrics.get(f"{name}_accuracy", 0.0) for name in ("mlm", "itm")) - metrics.get("mim_loss", 0)
+    if "global_alignment" in model.config.objectives:
+        recall, num_candidates = retrieval.recall(processes)
+        metrics |= {"image_to_report_recall_at_1": recall, "image_to_report_candidates": num_candidates}
+    gains = ("mlm_accuracy", "itm_accuracy", "report_reconstruction_accuracy", "image_to_report_recall_at_1")
+    losses = ("mim_loss", "image_reconstruction_loss")
+    metrics["score"] = sum(metrics.get(name, 0) for name in gains) - sum(metrics.get(name, 0) for name in losses)
     return metrics
 
 
-def _patch_means(outputs: MIMOutputs, batch: PretrainBatch, model: M3AE) -> Tensor:
+def _patch_means(outputs: MIMOutputs, batch: PretrainBatch, model: Model) -> Tensor:
     """Returns what predicting each patch as its mean predicts, in the space of the targets."""
     pred, hidden = outputs
-    if model.config.mim.normalize_target:
+    config = model.config
+    if (config.mim if config.kind == "m3ae" else config.image).normalize_target:
         return torch.zeros_like(pred)
-    size = model.config.vision.patch_size_px
+    size = round((pred.shape[-1] // 3) ** 0.5)
     means_BNC = torch.nn.functional.avg_pool2d(batch.image_BCHW, size).flatten(2).transpose(1, 2)
     if hidden.dtype != torch.bool:
         means_BNC = means_BNC.gather(1, hidden[..., None].expand(-1, -1, 3))
