@@ -5,13 +5,15 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+import mpma_models
 import pytest
 import torch
 from models import small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastm3ae import objectives
 from fastm3ae.kernels import masked_token_loss, packed_attention
-from fastm3ae.training.flops import FlopsByPart
+from fastm3ae.training.flops import FlopsByPart, count_flops, model_without_values
 
 # FLOPs per sample, forward and backward, counted in the original's own code.
 ORIGINAL = {
@@ -141,3 +143,24 @@ def test_packed_attention_is_counted(device):
         backward = counter.take().total()
     num_weights = 3 * (5 + 3) + 4 * (2 + 3)
     assert (forward, backward) == (4 * num_weights * 2 * 8, 8 * num_weights * 2 * 8)
+
+
+@pytest.mark.parametrize("memory", mpma_models.MEMORIES)
+def test_mpma_is_counted_by_part_and_without_values(memory):
+    """What a model without values needs is what one with values does."""
+    counted = []
+    for model in (
+        mpma_models.small_model(memory=memory),
+        model_without_values(mpma_models.small_config(memory=memory)),
+    ):
+        batch = mpma_models.small_batch(model.config, dtype=torch.float64 if not counted else torch.float32)
+        batch = batch.to(next(model.parameters()).device)
+
+        def losses(model=model, batch=batch):
+            yield "step", objectives.total(objectives.losses(model(batch), batch, model.config))
+
+        counted.append(count_flops(model, losses())["step"])
+    assert counted[0] == counted[1]
+    assert {part for part, _ in counted[0]} == {
+        "text encoder", "image encoder", "projections", "MLM head", "MIM decoder", "memory fusion", "alignment heads",
+    }  # fmt: skip

@@ -11,6 +11,7 @@ heads, which would make a pair's features depend on how the batch is divided.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def info_nce(features: GlobalFeatures, gather: Gather) -> tuple[Tensor, Tensor]:
     is_own_A = (pair_A >= first) & (pair_A < first + B)
     # The others' passes give their part of the temperature's gradient themselves.
     scale_A1 = torch.where(is_own_A, features.scale, features.scale.detach())[:, None]
-    with torch.autocast(device.type, enabled=False):  # 16 bits would round a product of 14 to a multiple of 1 / 16
+    with _without_autocast(device):  # 16 bits would round a product of 14 to a multiple of 1 / 16
         logits_AA = image_AE @ report_AE.T
     losses = [F.cross_entropy(x_AA * scale_A1, pair_A, reduction="none") for x_AA in (logits_AA, logits_AA.T)]
     loss_A = (losses[0] + losses[1]) / 2
@@ -239,10 +240,15 @@ class LocalHead(nn.Module):
     ) -> Tensor:
         """Returns the loss of ``local_alignment``, whose arguments these are, before the projection."""
         words_BWE, patches_BKE = self.word(words_BWD), self.patch(patches_BKD)
-        with torch.autocast(words_BWD.device.type, enabled=False):
+        with _without_autocast(words_BWD.device):
             return local_alignment(
                 words_BWE, is_absent_BW, word_weights_BW, patches_BKE, patch_weights_BK, self.temperature
             )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    # "meta", on which FLOPs are counted, has no autocast to be switched off.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
