@@ -54,6 +54,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                              float* loss, bool* is_correct) {
   const int64_t token = blockIdx.x;
   T* x = logits + token * num_columns;
+  if (labels[token] == kIgnoredLabel) {
+    if (threadIdx.x == 0) {
+      loss[token] = 0;
+      is_correct[token] = false;
+    }
+    if (!needs_grad) return;
+    for (int first = threadIdx.x * kRun; first < num_columns; first += kThreads * kRun) {
+      const float zeros[kRun] = {};
+      write(zeros, x + first);
+    }
+    return;
+  }
   const int label = 0 <= labels[token] && labels[token] < vocab_size ? int(labels[token]) : -1;
   const float label_logit = label < 0 ? NAN : float(x[label]);
 

@@ -6,10 +6,13 @@
 
 namespace fastm3ae {
 
+constexpr int64_t kIgnoredLabel = -100;
+
 // loss = log(sum over v of exp(x_v)) - x_label for each row x of logits, and its gradient softmax(x) - one_hot(label).
 //
 //   logits      (num_tokens, vocab_size)  overwritten with the gradient if needs_grad
-//   labels      (num_tokens)              a label that is not in the vocabulary gives a loss and a gradient of NaN
+//   labels      (num_tokens)              kIgnoredLabel: no loss, no gradient, not correct; another one that is not in
+//                                         the vocabulary gives a loss and a gradient of NaN
 //   loss        (num_tokens)
 //   is_correct  (num_tokens)              whether the label is the first of the largest logits; not at a loss of NaN
 //

@@ -38,6 +38,12 @@ void masked_token_loss_cpu(T* logits, const int64_t* labels, int64_t num_tokens,
     for (int64_t token = first; token < last; ++token) {
       T* x = logits + token * vocab_size;
       const int64_t label = labels[token];
+      if (label == kIgnoredLabel) {
+        loss[token] = 0;
+        is_correct[token] = false;
+        if (needs_grad) std::fill(x, x + vocab_size, T(0));
+        continue;
+      }
       const bool is_known = 0 <= label && label < vocab_size;
       const T label_logit = is_known ? x[label] : T(NAN);
       const LogSumExp<T> row = row_log_sum_exp(x, vocab_size);

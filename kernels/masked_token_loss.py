@@ -1,6 +1,6 @@
-"""loss = 1/M sum over masked tokens of log(sum_v exp(x_v)) - x_label, with logits x = weight token + bias.
+"""loss = 1/N sum over the N labelled tokens of log(sum_v exp(x_v)) - x_label, with logits x = weight token + bias.
 
-The gradient with respect to x is (softmax(x) - one_hot(label)) / M; those of token, weight and bias are products of it.
+The gradient with respect to x is (softmax(x) - one_hot(label)) / N; those of token, weight and bias are products of it.
 """
 
 import torch
@@ -13,6 +13,7 @@ from fastm3ae.kernels.cuda_build import current_stream, require_cuda_build
 
 __all__ = ["masked_token_loss", "masked_token_loss_backward_reference", "masked_token_loss_reference"]
 
+IGNORED_LABEL = -100  # PyTorch's own
 # On the CPU the logits of all tokens never exist together. With fewer at a time the products become slower.
 _CHUNK_MIB = 128
 # On a GPU the logits have a multiple of so many columns: cuBLAS has its fast kernels for rows that begin at multiples
@@ -26,8 +27,8 @@ def masked_token_loss_reference(
     """The loss in eager PyTorch: the specification. Arguments and results are those of ``masked_token_loss``."""
     dtype = tokens_MD.dtype
     logits_MV = F.linear(tokens_MD, weight_VD.to(dtype), bias_V.to(dtype))
-    loss = F.cross_entropy(logits_MV.to(_loss_dtype(dtype)), labels_M, reduction="sum") / max(1, len(labels_M))
-    return loss, (logits_MV.argmax(dim=-1) == labels_M).sum()
+    loss = F.cross_entropy(logits_MV.to(_loss_dtype(dtype)), labels_M, ignore_index=IGNORED_LABEL, reduction="sum")
+    return loss / _num_labelled(labels_M), (logits_MV.argmax(dim=-1) == labels_M).sum()
 
 
 def masked_token_loss_backward_reference(
@@ -35,12 +36,14 @@ def masked_token_loss_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss's gradients with respect to tokens, weight and bias."""
     softmax_MV = F.linear(tokens_MD, weight_VD, bias_V).softmax(dim=-1)
-    grad_MV = (softmax_MV - F.one_hot(labels_M, len(weight_VD))) / max(1, len(labels_M))
+    is_labelled_M = labels_M != IGNORED_LABEL
+    grad_MV = softmax_MV - F.one_hot(labels_M.where(is_labelled_M, 0), len(weight_VD))
+    grad_MV = grad_MV * is_labelled_M[:, None] / _num_labelled(labels_M)
     return grad_MV @ weight_VD, grad_MV.T @ tokens_MD, grad_MV.sum(dim=0)
 
 
-# The op returns the gradients beside the loss, because the logits are at hand: those of M * loss, which are neither too
-# small nor too large for float16, as they can be after the division by M and before the loss scale has reached them.
+# The op returns the gradients beside the loss, because the logits are at hand: those of N * loss, which are neither too
+# small nor too large for float16, as they can be after the division by N and before the loss scale has reached them.
 # What is not needed is empty.
 torch.library.define(
     "fastm3ae::masked_token_loss",
@@ -110,7 +113,7 @@ def launch_masked_token_loss_cpu(
             torch.addmm(grad_weight_VD, grad_logits.T, tokens_MD[chunk], beta=min(first, 1), out=grad_weight_VD)
         if needs_grad_bias:
             grad_bias_V += logits.sum(dim=0)
-    return loss_M.sum() / max(1, M), is_correct_M.sum(), grad_tokens_MD, grad_weight_VD, grad_bias_V
+    return loss_M.sum() / _num_labelled(labels_M), is_correct_M.sum(), grad_tokens_MD, grad_weight_VD, grad_bias_V
 
 
 def launch_masked_token_loss_cuda(
@@ -157,11 +160,15 @@ def launch_masked_token_loss_cuda(
         grad_weight_VD = torch.mm(logits.T, tokens_MD)[:V]
     if needs_grad_bias:
         grad_bias_V = logits.sum(dim=0, dtype=torch.float32)[:V]
-    return loss_M.sum() / max(1, M), is_correct_M.sum(), grad_tokens_MD, grad_weight_VD, grad_bias_V
+    return loss_M.sum() / _num_labelled(labels_M), is_correct_M.sum(), grad_tokens_MD, grad_weight_VD, grad_bias_V
+
+
+def _num_labelled(labels_M: Tensor) -> Tensor:
+    return (labels_M != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def _check_labels(labels_M: Tensor, vocab_size: int) -> None:
-    wrong = labels_M[(labels_M < 0) | (labels_M >= vocab_size)]
+    wrong = labels_M[((labels_M < 0) & (labels_M != IGNORED_LABEL)) | (labels_M >= vocab_size)]
     if len(wrong):
         raise IndexError(f"labels must be from 0 to {vocab_size - 1}, got {wrong[0].item()}")
 
@@ -171,8 +178,8 @@ class _MaskedTokenLoss(torch.autograd.Function):
     def forward(ctx, tokens_MD, weight_VD, bias_V, labels_M):
         inputs = (tokens_MD, weight_VD, bias_V)
         loss, num_correct, *grads = torch.ops.fastm3ae.masked_token_loss(*inputs, labels_M, *ctx.needs_input_grad[:3])
-        ctx.num_tokens, ctx.dtypes = len(tokens_MD), [x.dtype for x in inputs]
-        ctx.save_for_backward(*grads)
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.save_for_backward(_num_labelled(labels_M), *grads)
         ctx.mark_non_differentiable(num_correct)
         return loss, num_correct
 
@@ -180,10 +187,11 @@ class _MaskedTokenLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         # One dimension makes the factor take part in the promotion of dtypes: the product is rounded once, at its end.
-        factor = (grad_loss / max(1, ctx.num_tokens)).view(1)
+        num_labelled, *grads = ctx.saved_tensors
+        factor = (grad_loss / num_labelled).view(1)
         grads = [
             torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype)) if is_needed else None
-            for grad, dtype, is_needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+            for grad, dtype, is_needed in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         return *grads, None
 
@@ -194,17 +202,17 @@ torch.library.register_fake("fastm3ae::masked_token_loss", _empty_outputs)
 
 
 def masked_token_loss(tokens_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of a linear layer's logits at the masked tokens, and at how many of them it is right.
+    """Mean cross entropy of a linear layer's logits at the labelled tokens, and at how many of them it is right.
 
     Differentiable once. The logits are rounded to the tokens' dtype, the rest is computed in float32 (float64 for
     float64 tokens); no (M, V) tensor outlives the call. Under autocast the tokens are those of autocast's dtype.
-    Without tokens the loss and its gradients are 0. The result has the same bits in every run.
+    Without labels the loss and its gradients are 0. The result has the same bits in every run.
 
     Args:
         tokens_MD: (M, D) features of the masked tokens; float32, bfloat16, float16, or on the CPU float64.
         weight_VD: (V, D) weight of the layer, of the tokens' dtype, or float32 and rounded to it.
         bias_V: (V,) bias of the layer, of the tokens' dtype, or float32 and rounded to it.
-        labels_M: (M,) int64 true tokens, from 0 to V - 1. On a GPU others make loss and gradient NaN, except in
+        labels_M: (M,) int64 true tokens, from 0 to V - 1; -100: the token is passed over. On a GPU others make loss and gradient NaN, except in
             PyTorch's anomaly detection, which is the debug mode.
 
     Returns:

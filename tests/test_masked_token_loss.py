@@ -202,6 +202,31 @@ def test_no_tokens_cost_nothing(device):
     assert [grad.shape for grad in grads] == [(0, 8), (50, 8), (50,)] and not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_device
+def test_tokens_without_a_label_are_passed_over(dtype, device):
+    """They change no other token's figures, whatever they hold."""
+    *inputs, labels = PRIME.inputs(dtype, device)
+    is_labelled = torch.arange(len(labels), device=device) % 3 != 1
+    few = loss_and_grads(masked_token_loss, inputs[0][is_labelled], *inputs[1:], labels[is_labelled])
+    inputs[0][~is_labelled] = torch.nan if dtype == torch.float32 else 7.0
+    all_of_them = loss_and_grads(masked_token_loss, *inputs, labels.where(is_labelled, -100))
+    assert torch.allclose(few[0], all_of_them[0], rtol=1e-6) and few[1] == all_of_them[1] > 0
+    assert torch.allclose(few[2], all_of_them[2][is_labelled], atol=1e-7)
+    assert not all_of_them[2][~is_labelled].any()
+    if dtype == torch.bfloat16:
+        for want, got in zip(few[3:], all_of_them[3:], strict=True):
+            assert torch.allclose(want, got, rtol=1e-2, atol=1e-6)
+
+
+@each_device
+def test_no_label_at_all(device):
+    loss, num_correct, *grads = loss_and_grads(
+        masked_token_loss, *ODD.inputs(device=device)[:3], torch.full((7,), -100, device=device)
+    )
+    assert loss == 0 and num_correct == 0 and not any(grad.any() for grad in grads)
+
+
 @each_device
 def test_ties_go_to_the_first(device):
     tokens, weight, bias, _ = (x.zero_() for x in ODD.inputs(device=device))
@@ -297,7 +322,7 @@ def test_backward_twice_through_a_kept_graph(device):
         assert torch.equal(2 * first, second)
 
 
-@pytest.mark.parametrize("label", [-100, -1, 33, 2**40])
+@pytest.mark.parametrize("label", [-101, -1, 33, 2**40])
 def test_label_outside_the_vocabulary_is_refused(label):
     *inputs, labels = ODD.inputs()
     labels[4] = label
@@ -306,7 +331,7 @@ def test_label_outside_the_vocabulary_is_refused(label):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("label", [-100, -1, 33, 63, 2**40])
+@pytest.mark.parametrize("label", [-101, -1, 33, 63, 2**40])
 def test_label_outside_the_vocabulary_is_nan_on_a_gpu(label):
     *inputs, labels = ODD.inputs(device="cuda")
     labels[4] = label
