@@ -212,8 +212,8 @@ def masked_token_loss(tokens_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labe
         tokens_MD: (M, D) features of the masked tokens; float32, bfloat16, float16, or on the CPU float64.
         weight_VD: (V, D) weight of the layer, of the tokens' dtype, or float32 and rounded to it.
         bias_V: (V,) bias of the layer, of the tokens' dtype, or float32 and rounded to it.
-        labels_M: (M,) int64 true tokens, from 0 to V - 1; -100: the token is passed over. On a GPU others make loss and gradient NaN, except in
-            PyTorch's anomaly detection, which is the debug mode.
+        labels_M: (M,) int64 true tokens, from 0 to V - 1; -100: the token is passed over. On a GPU others make loss and
+            gradient NaN, except in PyTorch's anomaly detection, which is the debug mode.
 
     Returns:
         The loss, () in float32 (float64 for float64 tokens), and the number of tokens whose label is the first of the

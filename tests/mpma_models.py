@@ -88,6 +88,6 @@ def part_of(batch, rows):
         for name in ("image_BCHW", "text_ids_BT", "is_padding_BT", "mlm_ids_BT", "mlm_labels_BT", "itm_labels_B",
                      "patch_noise_BN")
     }  # fmt: skip
-    made = ("num_tokens_B", "masked_index_M", "masked_rows_M", "itm_index_B", "itm_rows_B")
+    made = ("num_tokens_B", "masked_index_M", "masked_labels_M", "masked_rows_M", "itm_index_B", "itm_rows_B")
     ids = [batch.item_ids[row] for row in rows]
     return dataclasses.replace(batch, **tensors, **dict.fromkeys(made), texts=[""] * len(rows), item_ids=ids)

@@ -318,6 +318,7 @@ def test_one_graph_for_batches_of_any_shape():
     for seed in range(6):
         batch = to_float32(make_batch(model, [9, 2 + seed, 5, 7], [3, 1, 1 + seed % 2, 2], [1, 0, 0, 1], seed))
         plan = packed_step.plan_batch(model, batch)
+        plan.send(torch.device("cpu"))
         losses = []
         for function in (compiled, packed_step.compute):
             torch.manual_seed(seed)

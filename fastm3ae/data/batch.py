@@ -82,7 +82,8 @@ class PretrainBatch(ImageTextBatch):
             was given no patches.
         masked_index_M: (M,) int64, where the predicted tokens stand in the flattened (B * T); None: made from
             mlm_labels_BT, and so must it be where these are replaced.
-        masked_rows_M: The same on the host; made with it.
+        masked_labels_M: (M,) int64, the labels there; made with it.
+        masked_rows_M: masked_index_M on the host; made with it.
         itm_index_B: (B,) int64, which image each pair sees in image-text matching: 0 ... B - 1 are the batch's own,
             then come the false ones; None: its own where the label is 1, else the next false one.
         itm_rows_B: The same on the host; made with it.
@@ -94,6 +95,7 @@ class PretrainBatch(ImageTextBatch):
     false_image_FCHW: Tensor
     patch_noise_BN: Tensor
     masked_index_M: Tensor | None = None
+    masked_labels_M: Tensor | None = None
     masked_rows_M: np.ndarray | None = None
     itm_index_B: Tensor | None = None
     itm_rows_B: np.ndarray | None = None
@@ -102,6 +104,7 @@ class PretrainBatch(ImageTextBatch):
         super().__post_init__()
         if self.masked_index_M is None:
             self.masked_index_M = (self.mlm_labels_BT.flatten() != -100).nonzero().flatten()
+            self.masked_labels_M = self.mlm_labels_BT.flatten()[self.masked_index_M]
             self.masked_rows_M = _on_host(self.masked_index_M)
         if self.itm_index_B is None:
             is_false_B = self.itm_labels_B == 0

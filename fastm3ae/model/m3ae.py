@@ -123,7 +123,7 @@ class M3AE(nn.Module):
 
     def mlm_outputs(self, tokens_MD: Tensor, batch: PretrainBatch) -> MLMOutputs:
         """Returns the loss at the masked tokens, given their features."""
-        return self.mlm_head.loss(tokens_MD, batch.mlm_labels_BT.flatten()[batch.masked_index_M])
+        return self.mlm_head.loss(tokens_MD, batch.masked_labels_M)
 
     def mlm_logits(self, batch: PretrainBatch) -> Tensor:
         """Returns the logits (M, V) of the masked tokens, for those who want to see the predictions."""

@@ -127,7 +127,7 @@ class MPMA(nn.Module):
     def _report_reconstruction(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> MLMOutputs:
         patches_SD = self.image_proj(sides.image.tokens_SD[:, 1:].flatten(0, 1))
         tokens_MD = self.fusion(self.text_proj(sides.text.tokens_SD), patches_SD, plan.fusion.layers, run)
-        return self.mlm_head.loss(tokens_MD, batch.mlm_labels_BT.flatten()[batch.masked_index_M])
+        return self.mlm_head.loss(tokens_MD, batch.masked_labels_M)
 
     def _global_alignment(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> GlobalFeatures:
         cls_BD = sides.text.tokens_SD.index_select(0, plan.first_rows.tensor)

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.masking import num_kept_patches, split_patches
+from fastm3ae.model.bucket import Sizes, fill_reads
 from fastm3ae.model.packed import Run, call, checkpointed, encode_images, encode_texts, fuse, maybe_compiled
-from fastm3ae.model.plan import Plan, make_plan
+from fastm3ae.model.plan import Plan, Reads, make_plan
 from fastm3ae.model.reads import OBJECTIVES
 from fastm3ae.model.vision import num_image_tokens
 
 if TYPE_CHECKING:
     from fastm3ae.model.m3ae import M3AE
 
-__all__ = ["compute", "plan_batch", "run_packed"]
+__all__ = ["batch_reads", "compute", "plan_batch", "run_packed"]
 
 
 def run_packed(
@@ -42,22 +43,39 @@ def run_packed(
             from batch to batch; after the first few batches the graph leaves them open.
     """
     plan = plan_batch(model, batch, share_texts)
+    plan.send(batch.image_BCHW.device)
     return maybe_compiled(compute, compiled)(model, batch, plan, checkpointed if checkpoint_activations else call)
 
 
-def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False) -> Plan:
-    """Plans the batch, from what of it stands on the host, and sends the plan to its device; nothing is waited for."""
-    config = model.config
+def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False, bucket: Sizes | None = None) -> Plan:
+    """Plans the batch, from what of it stands on the host.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        share_texts: As of ``run_packed``.
+        bucket: Plan for the batch that ``fill_batch`` makes for this bucket.
+    """
+    config, reads = model.config, batch_reads(model, batch)
+    num_encoded = None
+    if bucket is not None:
+        num_tokens = batch.text_ids_BT.shape[1]
+        reads = {name: fill_reads(name, read, bucket, num_tokens) for name, read in reads.items()}
+        num_encoded = len(batch) + bucket.false_images
     num_patches = model.vision.patch_embed.num_patches
-    plan = make_plan(
-        {name: OBJECTIVES[name].reads(batch, config) for name in config.objectives},
+    return make_plan(
+        reads,
         num_images=len(batch),
         num_whole_tokens=num_image_tokens(model.vision),
         num_visible_tokens=1 + num_kept_patches(num_patches, config.mim.patch_frac),
         shares_texts=share_texts or not model.training or config.text.dropout_frac == 0,
+        num_encoded=num_encoded,
     )
-    plan.send(batch.image_BCHW.device)
-    return plan
+
+
+def batch_reads(model: M3AE, batch: ImageTextBatch) -> dict[str, Reads]:
+    """Returns for each of the model's objectives what it reads of the batch."""
+    return {name: OBJECTIVES[name].reads(batch, model.config) for name in model.config.objectives}
 
 
 def compute(model: M3AE, batch: ImageTextBatch, plan: Plan, run: Run = call) -> dict[str, Any]:

@@ -5,7 +5,7 @@ both, after so many fusion layers. An objective's pairs take part in the layers 
 only the rows that are read are queries; below it all rows are, because the next layer reads them as keys and values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,8 @@ class Texts:
     Args:
         name: Objectives that give the same name see the same texts.
         ids_NT: (number of texts, T) int64 token ids, padded behind their end.
-        num_tokens_N: How many tokens of each are not padding.
+        num_tokens_N: How many tokens of each are not padding. Further texts, of which nothing is read, have the ids of
+            the first.
         index: For each pair its text.
     """
 
@@ -52,7 +53,7 @@ class Images:
     """The images of an objective's pairs.
 
     Args:
-        index: For each pair its image: the batch's B images, then its false ones.
+        index: For each pair its image: the batch's B images, then its false ones; -1: none.
         visible_only: Whether only the visible patches are encoded; the pairs are then the batch's.
     """
 
@@ -159,21 +160,44 @@ class Plan:
     layers: list[LayerPlan]
     taken: dict[str, dict[str, Taken]]
 
-    def send(self, device: torch.device) -> None:
-        """Copies what the device needs, in one copy."""
-        layouts = [self.text_layout, self.image_layout]
-        rows = [self.true_images, self.false_images, self.pair_text_rows, self.pair_image_rows]
-        for layer in self.layers:
-            for stream in (layer.text, layer.image):
-                layouts += [stream.queries, stream.keys, stream.cross_keys]
-                rows += [stream.tail, stream.key_rows, stream.cross_key_rows]
-        rows += [taken.rows for streams in self.taken.values() for taken in streams.values()]
-        indices = [self.text_rows, *(layout.ends for layout in layouts), *(some.index for some in rows)]
-        send([index for index in indices if index is not None], device)
+    def send(self, device: torch.device, into: Tensor | None = None) -> Tensor:
+        """Copies what the device needs at once, and returns it; ``into`` what an earlier plan of this shape gave."""
+        indices = [self.text_rows, *(layout.ends for layout in self._layouts()), *(rows.index for rows in self._rows())]
+        return send([index for index in indices if index is not None], device, into)
+
+    @property
+    def shape(self) -> Hashable:
+        """What the host knows of the batch's way: plans of one shape run the same code on tensors of the same sizes."""
+        layouts = [(len(layout.lengths), layout.num_tokens, layout.max_length) for layout in self._layouts()]
+        rows = [(rows.first, rows.last, len(rows), rows.index is None) for rows in self._rows()]
+        streams = [(stream.num_whole, stream.is_whole, stream.is_read) for stream in self._streams()]
+        taken = [(name, stream, taken.depth) for name, of in self.taken.items() for stream, taken in of.items()]
+        texts = [(group.name, tuple(group.ids_NT.shape)) for group in self.texts]
+        parts = (texts, layouts, rows, streams, taken)
+        return (*map(tuple, parts), len(self.text_rows.array), self.num_visible, len(self.layers))
+
+    def _streams(self) -> list[StreamPlan]:
+        return [stream for layer in self.layers for stream in (layer.text, layer.image)]
+
+    def _layouts(self) -> list[Layout]:
+        of_streams = [(stream.queries, stream.keys, stream.cross_keys) for stream in self._streams()]
+        return [self.text_layout, self.image_layout, *(layout for three in of_streams for layout in three)]
+
+    def _rows(self) -> list[Rows]:
+        of_streams = [(stream.tail, stream.key_rows, stream.cross_key_rows) for stream in self._streams()]
+        taken = [taken.rows for of in self.taken.values() for taken in of.values()]
+        first = [self.true_images, self.false_images, self.pair_text_rows, self.pair_image_rows]
+        return [*first, *(rows for three in of_streams for rows in three), *taken]
 
 
 def make_plan(
-    reads: Mapping[str, Reads], *, num_images: int, num_whole_tokens: int, num_visible_tokens: int, shares_texts: bool
+    reads: Mapping[str, Reads],
+    *,
+    num_images: int,
+    num_whole_tokens: int,
+    num_visible_tokens: int,
+    shares_texts: bool,
+    num_encoded: int | None = None,
 ) -> Plan:
     """Plans a batch.
 
@@ -184,6 +208,7 @@ def make_plan(
         num_visible_tokens: Tokens of an image's visible patches, CLS included.
         shares_texts: Whether objectives that see the same texts share their encoding, which is exact where the text
             tower draws no dropout.
+        num_encoded: How many images, false ones included, are encoded whole where any is; None: those that are used.
     """
     deepest_first = sorted(reads, key=lambda name: -reads[name].depth)
 
@@ -197,8 +222,14 @@ def make_plan(
 
     using_images = [read.images for read in reads.values() if read.uses_images]
     whole = np.unique(np.concatenate([[], *(i.index for i in using_images if not i.visible_only)]).astype(np.int64))
-    num_visible = max((len(images.index) for images in using_images if images.visible_only), default=0)
-    image_layout = Layout(np.repeat([num_whole_tokens, num_visible_tokens], [len(whole), num_visible]))
+    whole = whole[whole >= 0]
+    if num_encoded is not None and len(whole):
+        whole = np.arange(num_encoded)
+    num_visible = num_images if any(images.visible_only for images in using_images) else 0
+    has_none = any((images.index < 0).any() for images in using_images)
+    # Behind them an image without tokens, if there are pairs that have none.
+    image_counts = [len(whole), num_visible, int(has_none)]
+    image_layout = Layout(np.repeat([num_whole_tokens, num_visible_tokens, 0], image_counts))
 
     # Which encoded text and which encoded image each pair has; only pairs that are fused need both.
     fused = [name for name in deepest_first if reads[name].depth > 0]
@@ -207,10 +238,10 @@ def make_plan(
         for name in reads
         if reads[name].uses_texts
     }
-    image_of = {
-        name: len(whole) + images.index if images.visible_only else np.searchsorted(whole, images.index)
-        for name, images in ((name, read.images) for name, read in reads.items() if read.uses_images)
-    }
+    image_of = {}
+    for name, images in ((name, read.images) for name, read in reads.items() if read.uses_images):
+        encoded = len(whole) + images.index if images.visible_only else np.searchsorted(whole, images.index)
+        image_of[name] = np.where(images.index < 0, len(whole) + num_visible, encoded)
     pairs_of_text = np.concatenate([np.zeros(0, np.int64), *(text_of[name] for name in fused)])
     pairs_of_image = np.concatenate([np.zeros(0, np.int64), *(image_of[name] for name in fused)])
 
@@ -254,7 +285,8 @@ def _valid_rows(groups) -> np.ndarray:
     rows, first = [np.zeros(0, np.int64)], 0
     for group in groups:
         num_texts, num_tokens = group.ids_NT.shape
-        rows.append(ranges(first + np.arange(num_texts) * num_tokens, group.num_tokens_N))
+        text_N = np.arange(len(group.num_tokens_N))
+        rows.append(ranges(first + np.where(text_N < num_texts, text_N, 0) * num_tokens, group.num_tokens_N))
         first += num_texts * num_tokens
     return np.concatenate(rows)
 

@@ -5,15 +5,18 @@ A new objective is a new entry of ``OBJECTIVES`` here and of ``fastm3ae.objectiv
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastm3ae.config import M3AEConfig
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
+from fastm3ae.kernels import IGNORED_LABEL
 from fastm3ae.masking import PatchOrder
 from fastm3ae.model.plan import Images, Read, Reads, Texts
 
@@ -31,10 +34,13 @@ class Objective:
         reads: What it sees and reads of a batch.
         head: Makes its outputs of the model, the rows that it reads (under "text" and "image"), the batch and the order
             of the patches.
+        fill: If the number of rows that it reads of the text differs from batch to batch: makes a batch whose head
+            passes over further rows, up to this number.
     """
 
     reads: Callable[[Any, M3AEConfig], Reads]
     head: Callable[[M3AE, Mapping[str, Tensor], Any, PatchOrder | None], Any]
+    fill: Callable[[Any, int], Any] | None = None
 
 
 def _masked_texts(batch: PretrainBatch) -> Texts:
@@ -56,6 +62,11 @@ def _mlm_reads(batch: PretrainBatch, config: M3AEConfig) -> Reads:
 
 def _mlm_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, order: PatchOrder | None) -> Any:
     return model.mlm_outputs(rows["text"], batch)
+
+
+def _fill_mlm(batch: PretrainBatch, num_rows: int) -> PretrainBatch:
+    labels_M = F.pad(batch.masked_labels_M, (0, num_rows - len(batch.masked_labels_M)), value=IGNORED_LABEL)
+    return dataclasses.replace(batch, masked_labels_M=labels_M)
 
 
 def _mim_reads(batch: PretrainBatch, config: M3AEConfig) -> Reads:
@@ -114,7 +125,7 @@ def _retrieval_head(model: M3AE, rows: Mapping[str, Tensor], batch: RetrievalBat
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "mlm": Objective(_mlm_reads, _mlm_head),
+    "mlm": Objective(_mlm_reads, _mlm_head, _fill_mlm),
     "mim": Objective(_mim_reads, _mim_head),
     "itm": Objective(_itm_reads, _itm_head),
     "vqa": Objective(_pair_reads, _vqa_head),

@@ -23,15 +23,22 @@ class Index:
     tensor: Tensor | None = None
 
 
-def send(indices: Sequence[Index], device: torch.device) -> None:
-    """Copies all of them to the device at once."""
+def send(indices: Sequence[Index], device: torch.device, into: Tensor | None = None) -> Tensor:
+    """Copies all of them to the device at once, and returns them joined.
+
+    Args:
+        indices: The numbers.
+        device: Where to.
+        into: The joined ones of an earlier call with as many numbers, to be overwritten; None: a new tensor.
+    """
     sizes = [len(index.array) for index in indices]
-    joined = np.concatenate([index.array for index in indices]).astype(np.int32)
-    host = torch.from_numpy(joined)
+    host = torch.from_numpy(np.concatenate([index.array for index in indices]).astype(np.int32))
     if device.type == "cuda":
         host = host.pin_memory()
-    for index, tensor in zip(indices, host.to(device, non_blocking=True).split(sizes), strict=True):
+    joined = host.to(device, non_blocking=True) if into is None else into.copy_(host, non_blocking=True)
+    for index, tensor in zip(indices, joined.split(sizes), strict=True):
         index.tensor = tensor
+    return joined
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Layout:
     Attributes:
         ends: Behind which row each of them ends, with a 0 in front.
         num_tokens: Tokens of all sequences.
-        max_length: Tokens of the longest sequence.
+        max_length: No sequence has more tokens. A multiple of 16, so that it seldom differs from batch to batch.
     """
 
     lengths: np.ndarray
@@ -56,7 +63,7 @@ class Layout:
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
         object.__setattr__(self, "ends", Index(ends))
         object.__setattr__(self, "num_tokens", int(ends[-1]))
-        object.__setattr__(self, "max_length", int(self.lengths.max(initial=0)))
+        object.__setattr__(self, "max_length", -(-int(self.lengths.max(initial=0)) // 16) * 16)
 
     @property
     def offsets(self) -> Tensor:
