@@ -165,6 +165,9 @@ class TrainConfig:
     which takes less memory and more time."""
     compiled: bool = False
     """Exact: compile the packed step with torch.compile, which takes some minutes at the start."""
+    cuda_graphs: bool = False
+    """Exact: on one GPU, record the packed step of M3AE once and replay it, which saves the time in which the GPU waits
+    for the next kernel to be started. Batches are filled up to the size of a bucket, by some percent."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
     device: str = "auto"
@@ -199,11 +202,13 @@ class TrainConfig:
             raise UserError("train.num_steps or train.num_epochs must say when training ends; both are None.")
         if self.validate_every_epochs is not None and self.validate_every_epochs <= 0:
             raise UserError(f"train.validate_every_epochs must be positive, got {self.validate_every_epochs}.")
-        for name in ("share_texts", "checkpoint_activations", "compiled"):
+        for name in ("share_texts", "checkpoint_activations", "compiled", "cuda_graphs"):
             if self.step == "original" and getattr(self, name):
                 raise UserError(f"train.{name} is an option of train.step packed only.")
         if self.compiled and self.checkpoint_activations:
             raise UserError("train.compiled and train.checkpoint_activations exclude each other.")
+        if self.cuda_graphs and self.checkpoint_activations:
+            raise UserError("train.cuda_graphs and train.checkpoint_activations exclude each other.")
         for name in ("num_workers", "num_pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
@@ -241,6 +246,8 @@ class PretrainConfig:
             raise UserError(f"train.step must be packed for MPMA, which has no original's step, got {self.train.step}.")
         if self.model.kind == "mpma" and self.train.share_texts:
             raise UserError("train.share_texts is not for MPMA, whose objectives share their texts anyway.")
+        if self.model.kind == "mpma" and self.train.cuda_graphs:
+            raise UserError("train.cuda_graphs is for M3AE; MPMA has train.compiled.")
 
     def step_options(self) -> dict[str, Any]:
         """Returns what the model's forward pass is told."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.errors import UserError
 from fastm3ae.presets import preset
-from fastm3ae.training.pretrain import check_head_widths
+from fastm3ae.training.pretrain import check_device
 
 
 @pytest.fixture
@@ -214,9 +215,18 @@ def test_own_images_from_a_table_to_a_run(tmp_path, capsys):
 
 def test_heads_that_the_gpu_kernel_does_not_take_are_refused():
     config = preset("demo")
-    check_head_widths(config)
+    gpu = SimpleNamespace(device=torch.device("cuda"), number=1)
+    check_device(config, gpu)
     fusion = dataclasses.replace(config.model.fusion, num_heads=8)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, fusion=fusion))
     with pytest.raises(UserError, match="model.fusion has heads of width 16; on a GPU the packed step takes 32 or 64"):
-        check_head_widths(config)
-    check_head_widths(dataclasses.replace(config, train=dataclasses.replace(config.train, step="original")))
+        check_device(config, gpu)
+    check_device(dataclasses.replace(config, train=dataclasses.replace(config.train, step="original")), gpu)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", 1), ("cuda", 2)])
+def test_cuda_graphs_need_one_process_on_a_gpu(device, number):
+    config = preset("demo")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=True))
+    with pytest.raises(UserError, match=f"train.cuda_graphs works in one process on a GPU, got {number} on {device}"):
+        check_device(config, SimpleNamespace(device=torch.device(device), number=number))

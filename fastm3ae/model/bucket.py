@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.nn.functional as F
 
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageTextBatch, PretrainBatch
 from fastm3ae.model.plan import Read, Reads
 from fastm3ae.model.reads import OBJECTIVES
 
@@ -43,6 +43,12 @@ class Sizes:
         tokens = {name: int(read.texts.num_tokens_N.sum()) for name, read in reads.items()}
         rows = {name: sum(map(len, reads[name].text.positions)) for name in reads if OBJECTIVES[name].fill is not None}
         return cls(tokens, rows, len(getattr(batch, "false_image_FCHW", ())))
+
+    def describe(self) -> str:
+        """Returns the sizes in words."""
+        tokens = f"{max(self.tokens.values(), default=0)} tokens"
+        rows = [f"{number} of them read by {name}" for name, number in self.rows.items()]
+        return ", ".join([tokens, *rows, f"{self.false_images} false images"])
 
     def fit(self, bucket: "Sizes", max_tokens: int) -> bool:
         """Returns whether a batch of these sizes fits into a bucket.
@@ -92,7 +98,12 @@ def num_filling(room: int, max_tokens: int) -> int:
 
 
 def fill_batch(batch: ImageTextBatch, bucket: Sizes) -> ImageTextBatch:
-    """Returns the batch with as much as the bucket has room for of what does not stand in the plan."""
+    """Returns the batch, for packed passes, with what the bucket has room for of what does not stand in the plan."""
+    if isinstance(batch, PretrainBatch):  # what differs in size and is not read, unless an objective fills it
+        unread = {"masked_index_M": batch.masked_index_M[:0]}
+        if "mlm" not in bucket.rows:
+            unread["masked_labels_M"] = batch.masked_labels_M[:0]
+        batch = dataclasses.replace(batch, **unread)
     for name, num_rows in bucket.rows.items():
         batch = OBJECTIVES[name].fill(batch, num_rows)
     if not hasattr(batch, "false_image_FCHW"):

@@ -21,6 +21,7 @@ from fastm3ae.errors import Interrupted, UserError
 from fastm3ae.model.build import Model
 from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
+from fastm3ae.training.graphs import PassGraphs, record_graph
 from fastm3ae.training.interrupt import StopRequest
 from fastm3ae.training.memory import explain_full_memory
 from fastm3ae.training.meter import Meter
@@ -63,7 +64,8 @@ def build_step(config: PretrainConfig, model: Model, num_steps: int, processes: 
     train, device = config.train, processes.device
     is_fp16 = compute_dtype(train, device) == torch.float16
     autocast = autocast_context(train, device)
-    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, config.step_options())
+    graphs = PassGraphs(model, train.share_texts, tqdm.write, record_graph) if train.cuda_graphs else None
+    return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, config.step_options(), graphs)
 
 
 class Trainer:

@@ -96,8 +96,7 @@ def resolve_and_build(
         processes.from_first(lambda: _draw_demo(config.data.root))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = resolve(config, tokenizer)
-    if processes.device.type == "cuda":
-        check_head_widths(config)
+    check_device(config, processes)
     torch.manual_seed(config.seed)
     return config, tokenizer, build_model(config.model).to(processes.device)
 
@@ -124,13 +123,18 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
-def check_head_widths(config: PretrainConfig) -> None:
-    """Checks that the packed step's attention on a GPU takes the model's heads.
+def check_device(config: PretrainConfig, processes: Processes) -> None:
+    """Checks that the processes' devices can do what the run asks for.
 
     Raises:
-        UserError: It does not.
+        UserError: There is no GPU for CUDA graphs, or more than one process; or the packed step's attention on a GPU
+            does not take the model's heads.
     """
-    if config.train.step != "packed":
+    if config.train.cuda_graphs and (processes.device.type != "cuda" or processes.number > 1):
+        raise UserError(
+            f"train.cuda_graphs works in one process on a GPU, got {processes.number} on {processes.device.type}."
+        )
+    if config.train.step != "packed" or processes.device.type != "cuda":
         return
     taken = " or ".join(map(str, PACKED_ATTENTION_HEAD_DIMS))
     for name, part in (("model.text", config.model.text), ("model.fusion", config.model.fusion)):

@@ -214,7 +214,7 @@ class Steps:
 @contextmanager
 def watched(make_step: OptimizerStep, begin: Begin) -> Iterator[None]:
     """Within it, ``begin`` is called where a phase of the step begins."""
-    autocast = make_step.autocast
+    autocast, graphs = make_step.autocast, make_step.graphs
     # Gradients are clipped, and freed of fp16's scale, before the optimiser is called.
     backward = "backward" if make_step.config.clip_grad_norm is None else "backward, clipping"
 
@@ -225,12 +225,19 @@ def watched(make_step: OptimizerStep, begin: Begin) -> Iterator[None]:
             yield
         begin(backward)
 
-    make_step.autocast = forward
+    def replay(*arguments):
+        begin("forward, backward")
+        return graphs(*arguments)
+
+    if graphs is None:
+        make_step.autocast = forward
+    else:  # within a recorded pass nothing can be waited for
+        make_step.graphs = replay
     hook = make_step.optimizer.register_step_pre_hook(lambda *_: begin("optimiser"))
     try:
         yield
     finally:
-        make_step.autocast = autocast
+        make_step.autocast, make_step.graphs = autocast, graphs
         hook.remove()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from fastm3ae.config import OptimConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
+from fastm3ae.model.packed import maybe_compiled
+from fastm3ae.model.packed_step import compute
+from fastm3ae.model.plan import Plan
 from fastm3ae.training.contrast import Pass, passes
 from fastm3ae.training.distributed import Processes
+from fastm3ae.training.graphs import PassGraphs, Results
 from fastm3ae.training.optim import build_optimizer, build_schedule, parameter_groups
 
 __all__ = ["OptimizerStep"]
@@ -35,6 +40,7 @@ class OptimizerStep:
         autocast: Gives the context in which the model computes.
         is_fp16: Whether gradients need scaling.
         options: How the model computes its objectives: what its ``forward`` takes.
+        graphs: Makes the passes instead, as far as it can.
     """
 
     def __init__(
@@ -46,9 +52,10 @@ class OptimizerStep:
         autocast: Callable[[], AbstractContextManager],
         is_fp16: bool,
         options: Mapping[str, Any],
+        graphs: PassGraphs | None = None,
     ) -> None:
         self.model, self.config, self.processes, self.autocast = model, config, processes, autocast
-        self.options = options
+        self.options, self.graphs = options, graphs
         self.parallel = processes.wrap(model, leaves_some_alone=model.leaves_some_alone)
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
         self.schedule = build_schedule(self.optimizer, config, num_steps)
@@ -79,20 +86,20 @@ class OptimizerStep:
         sums: dict[str, tuple[Tensor, int]] = {}
         for number, (piece, of_pass) in enumerate(zip(pieces, self._passes(pieces, is_idle), strict=True), 1):
             counts = [0] * len(totals) if is_idle else self.count([piece])
+            # The piece's share in the mean over the whole batch: a mean of means would weigh tokens differently. The
+            # processes' gradients are averaged, hence the factor.
+            shares = [
+                self.processes.number * count / max(1, total) for count, total in zip(counts, totals, strict=True)
+            ]
             with self._in_step(number == len(pieces)):
-                with self.autocast(), of_pass.dropout():
-                    outputs = self.parallel(piece, **self.options)
-                    results = objectives.losses(outputs, piece, self.model.config, of_pass.gather)
-                # The piece's share in the mean over the whole batch: a mean of means would weigh tokens differently.
-                # The processes' gradients are averaged, hence the factor.
-                shares = [
-                    self.processes.number * count / max(1, total) for count, total in zip(counts, totals, strict=True)
-                ]
-                losses = [loss.mean * share for loss, share in zip(results.values(), shares, strict=True)]
-                self.scaler.scale(torch.stack(losses).sum()).backward()
-            for (name, loss), count in zip(results.items(), counts, strict=True):
-                for metric, value in {"loss": loss.mean.detach() * count, **loss.sums}.items():
+                if self.graphs is None:
+                    results = self._run(partial(self.parallel, piece, **self.options), piece, of_pass, shares)
+                else:
+                    results = self.graphs(piece, shares, self._run_planned)
+            for (name, values), count in zip(results.items(), counts, strict=True):
+                for metric, value in values.items():
                     before, count_before = sums.get(f"{name}_{metric}", (0, 0))
+                    value = value * count if metric == "loss" else value
                     sums[f"{name}_{metric}"] = (before + value, count_before + count)
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -100,8 +107,26 @@ class OptimizerStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)  # a graph adds to the gradients where they stand
         return {name: (value * 0, 0) for name, (value, _) in sums.items()} if is_idle else sums
+
+    def _run(
+        self,
+        forward: Callable[[], dict[str, Any]],
+        piece: PretrainBatch,
+        of_pass: Pass,
+        shares: Sequence[float] | Tensor,
+    ) -> Results:
+        """Makes a pass over a piece and adds the gradient of the sum of its losses, each times its share."""
+        with self.autocast(), of_pass.dropout():
+            results = objectives.losses(forward(), piece, self.model.config, of_pass.gather)
+        losses = [loss.mean * share for loss, share in zip(results.values(), shares, strict=True)]
+        self.scaler.scale(torch.stack(losses).sum()).backward()
+        return {name: {"loss": loss.mean.detach(), **loss.sums} for name, loss in results.items()}
+
+    def _run_planned(self, piece: PretrainBatch, plan: Plan, shares: Tensor) -> Results:
+        forward = partial(maybe_compiled(compute, self.options["compiled"]), self.model, piece, plan)
+        return self._run(forward, piece, Pass(), shares)
 
     def _passes(self, pieces: Sequence[PretrainBatch], is_idle: bool) -> list[Pass]:
         if "global_alignment" not in self.model.config.objectives:
