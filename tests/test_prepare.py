@@ -339,5 +339,5 @@ def test_real_layouts(shared, tmp_path):
 
 
 def test_sources_name_every_function():
-    assert set(SOURCES) == {"roco", "medicat", "irtr-roco", "csv", "jsonl", "folder"}
+    assert set(SOURCES) == {"roco", "medicat", "irtr-roco", "mimic-cxr", "openi", "csv", "jsonl", "folder"}
     assert len(set(SOURCES.values())) == len(SOURCES) and all(source.__doc__ for source in SOURCES.values())
