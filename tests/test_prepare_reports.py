@@ -97,6 +97,10 @@ REPORTS = {
         ["No acute process.", CLEAR],
     ),
     "addendum last": (USUAL + "\n ADDENDUM: The side was corrected.\n", ["No acute process.", CLEAR]),
+    "a part before the final report": (
+        "INDICATION: Cough.\nFINDINGS: Good lungs.\nFINAL REPORT\nIMPRESSION: Normal.",
+        ["Normal.", "Good lungs."],
+    ),
     "wet read without a final report": (
         WET_READ + " FINDINGS: Good lungs.",
         ["Perhaps something at the left base.", "Good lungs."],
@@ -131,6 +135,7 @@ def test_what_is_missing_or_short_is_reported():
     neither = {"report without impression or findings": ["r"]}
     assert texts_of("INDICATION: Cough.", *BODY) == texts_of("No heading at all.", *BODY) == ([], neither)
     short = {"text of fewer than 3 words": ["r 'Normal.'"]}
+    assert texts_of("IMPRESSION: Normal.", "impression", min_words=3, join=True) == ([], short)
     both = "IMPRESSION: Normal.\nFINDINGS: Both lungs clear."
     assert texts_of(both, *BODY, min_words=3, join=True) == (["Both lungs clear."], short)
 
