@@ -304,7 +304,7 @@ def test_release_without_any_image_writes_nothing(roco, tmp_path):
 
 def test_progress_and_order_with_many_images(tmp_path, monkeypatch):
     """Images are read ahead in threads, yet stay in order; progress counts each once."""
-    monkeypatch.setattr(common, "IMAGES_READ_AHEAD", 3)
+    monkeypatch.setattr(common, "READ_AHEAD", 3)
     lines = [{"image": f"{i}.png", "caption": f"number {i}"} for i in range(40)]
     for i in range(40):
         write(tmp_path / f"{i}.png", image_bytes(i) if i != 11 else b"broken")
@@ -339,5 +339,5 @@ def test_real_layouts(shared, tmp_path):
 
 
 def test_sources_name_every_function():
-    assert set(SOURCES) == {"roco", "medicat", "irtr-roco", "csv", "jsonl", "folder"}
+    assert set(SOURCES) == {"roco", "medicat", "irtr-roco", "mimic-cxr", "openi", "csv", "jsonl", "folder"}
     assert len(set(SOURCES.values())) == len(SOURCES) and all(source.__doc__ for source in SOURCES.values())

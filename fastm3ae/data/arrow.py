@@ -19,10 +19,18 @@ import pyarrow.compute as pc
 
 from fastm3ae.errors import UserError, nearest
 
-__all__ = ["CAPTION_COLUMNS", "ArrowTable", "dataset_files", "write_pairs"]
+__all__ = ["CAPTION_COLUMNS", "MIMIC_CXR_COLUMNS", "ArrowTable", "dataset_files", "write_pairs"]
 
 CAPTION_COLUMNS = {"image": "binary", "caption": "list<string>", "image_id": "string", "split": "string"}
 """Columns of a data set of images and captions, in the original's order."""
+MIMIC_CXR_COLUMNS = {
+    "image": "binary",
+    "caption": "list<string>",
+    "image_id": "string",
+    "chexpert": "list<int>",
+    "split": "string",
+}
+"""The same for MIMIC-CXR, with 14 labels (``fastm3ae.data.prepare.mimic_cxr.CHEXPERT_LABELS``) of 0 or 1."""
 
 BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch; a small batch keeps writing light.
 

@@ -1,17 +1,21 @@
 """What every source has in common: cleaning texts, merging them per image, writing the splits, and the report."""
 
+import gzip
 import itertools
 import json
+import random
 import re
 import tempfile
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from fastm3ae.data.arrow import write_pairs
+from fastm3ae.data.arrow import CAPTION_COLUMNS, write_pairs
 from fastm3ae.data.images import decode_image
 from fastm3ae.errors import UserError
 
@@ -26,6 +30,8 @@ __all__ = [
     "read_json_lines",
     "read_lines",
     "keep_texts",
+    "draw_splits",
+    "map_ahead",
     "write_splits",
 ]
 
@@ -35,16 +41,20 @@ OnBadImage = Literal["drop", "stop"]
 Progress = Callable[[int, int], None]
 """Called with the number of images done and their total."""
 
-IMAGES_READ_AHEAD = 64
+READ_AHEAD = 64
 NUM_EXAMPLES = 3
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 class Sample(NamedTuple):
-    """Texts of one image. Samples of the same image are merged."""
+    """Texts of one image, and its values in columns beyond those of captions. Samples of the same image are merged."""
 
     split: str
     image: str
     texts: list[str]
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -111,13 +121,16 @@ def require_files(source: Path, files: Iterable[Path], layout: str) -> None:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the number, from 1, and the text of each line of a UTF-8 file, with or without a byte-order mark.
 
+    A file whose name ends in .gz is unpacked.
+
     Raises:
-        UserError: The file cannot be read or is not UTF-8.
+        UserError: The file cannot be read, is not UTF-8, or its packing is damaged.
     """
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
             yield from enumerate(lines, 1)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
 
 
@@ -140,7 +153,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def keep_texts(
-    texts: Iterable[str], min_words: int, report: PrepareReport, where: str, *, strip: bool = True
+    texts: Iterable[str], min_words: int, report: PrepareReport, where: str, *, strip: bool = True, join: bool = False
 ) -> list[str]:
     """Returns the texts of at least ``min_words`` words, every run of white space replaced by one space.
 
@@ -150,6 +163,7 @@ def keep_texts(
         report: Takes the short texts.
         where: Names the texts in the report.
         strip: Remove white space at both ends, too.
+        join: Make one text of those that are kept.
     """
     kept = []
     for text in texts:
@@ -157,7 +171,38 @@ def keep_texts(
             report.drop(f"text of fewer than {min_words} words", f"{where} {text.strip()!r}")
         else:
             kept.append(re.sub(r"\s+", " ", text.strip() if strip else text))
-    return kept
+    return [" ".join(kept)] if join and kept else kept
+
+
+def draw_splits(
+    groups: Iterable[str], val_frac: float, test_frac: float, seed: int, report: PrepareReport
+) -> dict[str, str]:
+    """Returns the split of each group, drawn at random; equal groups, fractions and seeds give equal splits.
+
+    A split that is wanted gets at least one group, however few there are.
+
+    Args:
+        groups: What is kept together, by name; names may repeat.
+        val_frac: Fraction of the groups for validation.
+        test_frac: Fraction of the groups for testing.
+        seed: Seed of the draw.
+        report: Takes a note of the draw.
+
+    Raises:
+        UserError: A fraction is negative, or nothing is left to train on.
+    """
+    if val_frac < 0 or test_frac < 0 or val_frac + test_frac >= 1:
+        fractions = f"{val_frac} and {test_frac}"
+        raise UserError(f"val_frac and test_frac must be at least 0 and together less than 1, got {fractions}.")
+    order = list(dict.fromkeys(groups))
+    random.Random(seed).shuffle(order)
+    num_val = max(round(len(order) * val_frac), int(val_frac > 0))
+    num_test = max(round(len(order) * test_frac), int(test_frac > 0))
+    drawn = dict.fromkeys(order, "train")
+    drawn |= dict.fromkeys(order[:num_val], "val") | dict.fromkeys(order[num_val : num_val + num_test], "test")
+    if order:
+        report.notes.append(f"The splits were drawn at random (seed {seed}).")
+    return drawn
 
 
 def write_splits(
@@ -166,6 +211,7 @@ def write_splits(
     output: Path,
     report: PrepareReport,
     *,
+    columns: Mapping[str, str] = CAPTION_COLUMNS,
     on_bad_image: OnBadImage = "drop",
     progress: Progress | None = None,
 ) -> PrepareReport:
@@ -179,6 +225,8 @@ def write_splits(
         root: Folder from which the samples' image paths start. The paths become the image ids.
         output: Folder of the arrow files; made if missing.
         report: Names the data set, and holds what the source has left out so far.
+        columns: Kind of each column. Values beyond those of captions are from the samples' ``more``; of an image with
+            several samples, from the last.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
         progress: Called after each image.
 
@@ -190,15 +238,17 @@ def write_splits(
     """
     texts_of: dict[str, list[str]] = {}
     split_of: dict[str, str] = {}
-    for split, image, texts in samples:
+    more_of: dict[str, Mapping[str, Any]] = {}
+    for split, image, texts, more in samples:
         if split_of.get(image, split) != split:
             report.moved.append(image)
         texts_of.setdefault(image, []).extend(texts)
-        split_of[image] = split
+        split_of[image], more_of[image] = split, more
 
     def rows(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
         images = [image for image in texts_of if split_of[image] == split]
-        for image, (data, fault) in zip(images, _read_ahead(root, images), strict=True):
+        read = map_ahead(_read_image, (root / image for image in images))
+        for image, (data, fault) in zip(images, read, strict=True):
             if fault and on_bad_image == "stop":
                 raise UserError(f"{root / image}: {fault}.")
             if fault:
@@ -206,7 +256,7 @@ def write_splits(
                 report.drop(reason, f"{image} ({detail})" if detail else image)
             else:
                 part.add(texts_of[image])
-                yield {"image": data, "caption": texts_of[image], "image_id": image, "split": split}
+                yield {"image": data, "caption": texts_of[image], "image_id": image, "split": split, **more_of[image]}
             if progress:
                 progress(next(num_done), len(texts_of))
 
@@ -216,7 +266,7 @@ def write_splits(
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{report.name}.") as staging:
         for split in SPLITS:
             part = report.splits[split] = SplitReport(output / f"{report.name}_{split}.arrow")
-            write_pairs(Path(staging, part.file.name), rows(split, part))
+            write_pairs(Path(staging, part.file.name), rows(split, part), columns)
         if not any(part.num_images for part in report.splits.values()):
             faults = [f"{len(items)} x {reason} ({items[0]})" for reason, items in report.dropped.items()]
             why = "; ".join(faults) or "no text at all"
@@ -227,21 +277,21 @@ def write_splits(
     return report
 
 
-def _examples(items: list[str]) -> str:
-    """Returns the first few items, and dots if there are more."""
-    return "; ".join(items[:NUM_EXAMPLES]) + ("; ..." if len(items) > NUM_EXAMPLES else "")
-
-
-def _read_ahead(root: Path, images: Iterable[str]) -> Iterator[tuple[bytes, str]]:
-    """Yields ``_read_image`` of each image in order; threads read and decode some images ahead."""
+def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """Yields ``function`` of each item in order; threads work some items ahead."""
     with ThreadPoolExecutor() as pool:
-        pending: deque[Future[tuple[bytes, str]]] = deque()
-        for image in images:
-            pending.append(pool.submit(_read_image, root / image))
-            if len(pending) == IMAGES_READ_AHEAD:
+        pending: deque[Future[_Out]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == READ_AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _examples(items: list[str]) -> str:
+    """Returns the first few items, and dots if there are more."""
+    return "; ".join(items[:NUM_EXAMPLES]) + ("; ..." if len(items) > NUM_EXAMPLES else "")
 
 
 def _read_image(path: Path) -> tuple[bytes, str]:

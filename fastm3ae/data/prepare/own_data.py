@@ -1,9 +1,7 @@
 """Your own images and texts: a table (CSV or JSON lines) that names images, or a folder of images with texts beside."""
 
-import csv
 import glob
 import json
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +12,14 @@ from fastm3ae.data.prepare.common import (
     PrepareReport,
     Progress,
     Sample,
+    draw_splits,
     keep_texts,
     read_json_lines,
     read_lines,
     write_splits,
 )
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.data.prepare.tables import read_csv, require_columns
+from fastm3ae.errors import UserError
 
 __all__ = ["prepare_csv", "prepare_folder", "prepare_jsonl"]
 
@@ -55,6 +55,7 @@ class _Columns(NamedTuple):
     texts: Sequence[str]
     split: str | None
     group: str | None
+    join: bool
 
 
 def prepare_csv(
@@ -65,6 +66,7 @@ def prepare_csv(
     text_columns: Sequence[str] = ("caption",),
     split_column: str | None = None,
     group_column: str | None = None,
+    join: bool = False,
     image_root: Path | None = None,
     name: str | None = None,
     val_frac: float = 0.1,
@@ -87,6 +89,7 @@ def prepare_csv(
         split_column: Column of the splits: train, val or test (or training, valid, validation, dev, ...). None: the
             splits are drawn at random.
         group_column: Column, such as the patient's id, whose equal values a random split keeps together.
+        join: Make one text of all texts of a row, such as a report's findings and impression.
         image_root: Folder from which the images' paths start. None: the table's folder.
         name: Name of the data set. None: the table's name.
         val_frac: Fraction of the images (or groups) for validation, if the splits are drawn.
@@ -101,8 +104,8 @@ def prepare_csv(
         UserError: The table cannot be read, lacks a column, or has a row with more or fewer cells than columns.
     """
     table = Path(table)
-    names, rows = _read_csv(table, delimiter or ("\t" if table.suffix.lower() == ".tsv" else ","))
-    columns = _Columns(image_column, text_columns, split_column, group_column)
+    names, rows = read_csv(table, delimiter or ("\t" if table.suffix.lower() == ".tsv" else ","))
+    columns = _Columns(image_column, text_columns, split_column, group_column, join)
     report = PrepareReport(_data_set_name(name or table.stem))
     items = _table_items(table, names, rows, columns, min_words, report)
     samples = _assign_splits(items, _Draw(val_frac, test_frac, seed), report)
@@ -118,6 +121,7 @@ def prepare_jsonl(
     text_columns: Sequence[str] = ("caption",),
     split_column: str | None = None,
     group_column: str | None = None,
+    join: bool = False,
     image_root: Path | None = None,
     name: str | None = None,
     val_frac: float = 0.1,
@@ -139,6 +143,7 @@ def prepare_jsonl(
         split_column: Key of the splits: train, val or test (or training, valid, validation, dev, ...). None: the
             splits are drawn at random.
         group_column: Key, such as the patient's id, whose equal values a random split keeps together.
+        join: Make one text of all texts of a row, such as a report's findings and impression.
         image_root: Folder from which the images' paths start. None: the table's folder.
         name: Name of the data set. None: the table's name.
         val_frac: Fraction of the images (or groups) for validation, if the splits are drawn.
@@ -154,7 +159,7 @@ def prepare_jsonl(
     table = Path(table)
     rows = list(read_json_lines(table))
     names = list(dict.fromkeys(key for _, row in rows for key in row))
-    columns = _Columns(image_column, text_columns, split_column, group_column)
+    columns = _Columns(image_column, text_columns, split_column, group_column, join)
     report = PrepareReport(_data_set_name(name or table.stem))
     items = _table_items(table, names, rows, columns, min_words, report)
     samples = _assign_splits(items, _Draw(val_frac, test_frac, seed), report)
@@ -205,27 +210,6 @@ def prepare_folder(
     return write_splits(samples, source, output, report, on_bad_image=on_bad_image, progress=progress)
 
 
-def _read_csv(table: Path, delimiter: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Returns the column names, and each row with the number of its last line."""
-    if len(delimiter) != 1:
-        raise UserError(f"The delimiter must be one character, got {delimiter!r}.")
-    reader = csv.reader((line for _, line in read_lines(table)), delimiter=delimiter, strict=True)
-    try:
-        names = next(reader, [])
-        rows = []
-        for cells in reader:
-            if cells and len(cells) != len(names):
-                raise UserError(
-                    f"{table}, line {reader.line_num}: the row has {len(cells)} cells, expected one for each of the "
-                    f"{len(names)} columns; a text that holds {delimiter!r} must stand in double quotes."
-                )
-            if cells:
-                rows.append((reader.line_num, dict(zip(names, cells, strict=True))))
-    except csv.Error as error:
-        raise UserError(f"{table}, line {reader.line_num} is not valid CSV: {error}.") from None
-    return names, rows
-
-
 def _table_items(
     table: Path,
     names: Sequence[str],
@@ -235,11 +219,8 @@ def _table_items(
     report: PrepareReport,
 ) -> list[_Item]:
     """Returns the image and the texts of each row that has both."""
-    for column in (columns.image, *columns.texts, columns.split, columns.group):
-        if column is not None and names.count(column) != 1:
-            count = f"{names.count(column)} columns" if column in names else "no column"
-            known = ", ".join(names) or "none: the table is empty"
-            raise UserError(f"{table} has {count} {column!r}; its columns are {known}.{nearest(column, names)}")
+    wanted = (columns.image, *columns.texts, columns.split, columns.group)
+    require_columns(table, names, [column for column in wanted if column is not None])
     items = []
     for number, row in rows:
         where = f"line {number}"
@@ -253,7 +234,7 @@ def _table_items(
             report.drop("row without an image", where)
         elif not texts:
             report.drop("row without a text", where)
-        elif texts := keep_texts(texts, min_words, report, where):
+        elif texts := keep_texts(texts, min_words, report, where, join=columns.join):
             group = row.get(columns.group) if columns.group else None
             items.append(_Item(image, texts, split, image if group in (None, "") else str(group)))
     return items
@@ -327,18 +308,8 @@ def _texts_beside(image: Path, text_keys: Sequence[str]) -> list[str]:
 
 def _assign_splits(items: list[_Item], draw: _Draw, report: PrepareReport) -> Iterator[Sample]:
     """Yields each item with its split; a draw gives the same split to all items of a group."""
-    if draw.val_frac < 0 or draw.test_frac < 0 or draw.val_frac + draw.test_frac >= 1:
-        fractions = f"{draw.val_frac} and {draw.test_frac}"
-        raise UserError(f"val_frac and test_frac must be at least 0 and together less than 1, got {fractions}.")
-    groups = list(dict.fromkeys(item.group for item in items if item.split is None))
-    random.Random(draw.seed).shuffle(groups)
-    # A split that is wanted gets at least one group, however few there are.
-    num_val = max(round(len(groups) * draw.val_frac), int(draw.val_frac > 0))
-    num_test = max(round(len(groups) * draw.test_frac), int(draw.test_frac > 0))
-    drawn = dict.fromkeys(groups, "train")
-    drawn |= dict.fromkeys(groups[:num_val], "val") | dict.fromkeys(groups[num_val : num_val + num_test], "test")
-    if groups:
-        report.notes.append(f"The splits were drawn at random (seed {draw.seed}).")
+    groups = [item.group for item in items if item.split is None]
+    drawn = draw_splits(groups, draw.val_frac, draw.test_frac, draw.seed, report)
     for item in items:
         yield Sample(item.split or drawn[item.group], item.image, item.texts)
 
