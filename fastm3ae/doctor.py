@@ -96,6 +96,11 @@ def diagnose() -> Diagnosis:
     for module in sorted(modules):
         on_cpu, on_cuda = implementations(sys.modules[module], architectures, has_triton)
         found.facts.append((module.rpartition(".")[2], f"CPU: {on_cpu:<9}CUDA: {on_cuda}"))
+    if _version("transformers") and _version("timm"):
+        from fastm3ae.model.attention import backends
+
+        found.facts.append(("attention of the step", f"CPU: {backends('cpu')}"))
+        found.facts.append(("", f"CUDA: {backends('cuda')}"))
     for device in ("cpu", *(f"cuda:{index}" for index in range(len(gpus)) if architectures)):
         found.broken += _try(kernels, device)
     return found

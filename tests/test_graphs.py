@@ -72,7 +72,7 @@ def test_recorded_passes_make_the_same_steps(objectives):
         one, two, three, four, five = batches(model)
         # The second step adds the gradients of two passes.
         found.append(steps(model, is_recorded, [[one], [two, three], [four], [five], [one]]))
-    assert_close(found[1], found[0], 1e-10)
+    assert_close(found[1], found[0], 1e-6)  # Adam makes much of a gradient that is zero but for rounding
 
 
 def test_a_larger_bucket_is_said_and_graphs_are_few(monkeypatch):

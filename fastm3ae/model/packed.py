@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertModel, PretrainedConfig, RobertaModel
 
-from fastm3ae.kernels import gather_image_patches, gather_patches, packed_attention
+from fastm3ae.kernels import gather_image_patches, gather_patches
+from fastm3ae.model.attention import attend
 from fastm3ae.model.fusion import CoAttentionFusion, CoAttentionLayer
 from fastm3ae.model.plan import Plan, StreamPlan
 from fastm3ae.model.rows import Layout
@@ -25,7 +26,6 @@ from fastm3ae.model.vision import encode_pixels
 __all__ = [
     "Encoded",
     "Run",
-    "attend",
     "call",
     "checkpointed",
     "co_attend",
@@ -70,33 +70,6 @@ class Encoded(NamedTuple):
     tokens_SD: Tensor
     q_SHd: Tensor | None
     k_SHd: Tensor | None
-
-
-def attend(
-    q_QHd: Tensor,
-    k_SHd: Tensor,
-    v_SHd: Tensor,
-    queries: Layout,
-    keys: Layout,
-    dropout_frac: float = 0.0,
-    memory: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Returns what each query gathers from the keys of its own sequence and the memory, heads joined: (Q, H * d)."""
-    # A seed from the device's own generator: nothing waits, and a resumed run draws the same.
-    seed = torch.randint(2**62, (), device=q_QHd.device) if dropout_frac > 0 else None
-    context_QHd = packed_attention(
-        q_QHd,
-        k_SHd,
-        v_SHd,
-        queries.offsets,
-        keys.offsets,
-        max_q_len=queries.max_length,
-        max_k_len=keys.max_length,
-        dropout_frac=dropout_frac,
-        seed=seed,
-        memory=None if memory is None else tuple(x_MHd.to(q_QHd.dtype) for x_MHd in memory),
-    )
-    return context_QHd.flatten(1)
 
 
 def encode_images(
