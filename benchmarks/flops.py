@@ -126,7 +126,8 @@ def print_table(flops: Mapping[str, Flops]) -> None:
                 for direction in DIRECTIONS
             ]
             cells.append(" / ".join(f"{num / NUM_PAIRS / 1e9:.3f}" for num in sums) if any(sums) else "")
-        print(f"{part:28}" + "".join(f"{cell:>20}" for cell in cells))
+        if any(cells):
+            print(f"{part:28}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def main():

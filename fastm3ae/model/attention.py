@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastm3ae.kernels import packed_attention
-from fastm3ae.model.rows import MAX_RUNS, Layout
+from fastm3ae.model.rows import Layout
 
 __all__ = ["attend", "backends"]
 
-# On which devices PyTorch's attention takes sequences without dropout and memory that have few lengths, each in one
-# call, as measured by benchmarks/bench_packed_attention.py ("by length" against "ours"): on a CPU 0.85 of the time, for
-# 4 images of 325 and 4 of 82 tokens. On a GPU nothing is measured yet.
+# On which devices the vision tower, which has no dropout, has PyTorch's attention for its whole images and again for its
+# visible patches. As measured by benchmarks/bench_packed_attention.py ("by length" against "ours"): on a CPU it takes
+# 0.85 of the time, for 4 images of 325 tokens and 4 of 82. On a GPU nothing is measured yet.
 BY_LENGTH = {"cpu"}
 
 
@@ -19,7 +19,7 @@ def backends(device_type: str) -> str:
     """Returns in words what computes attention on a device."""
     if device_type not in BY_LENGTH:
         return "packed_attention"
-    return f"PyTorch's for up to {MAX_RUNS} lengths without dropout and memory, else packed_attention"
+    return "PyTorch's in the vision tower, else packed_attention"
 
 
 def attend(
@@ -30,11 +30,22 @@ def attend(
     keys: Layout,
     dropout_frac: float = 0.0,
     memory: tuple[Tensor, Tensor] | None = None,
+    runs: tuple[tuple[int, int], ...] | None = None,
 ) -> Tensor:
-    """Returns what each query gathers from the keys of its own sequence and the memory, heads joined: (Q, H * d)."""
-    is_plain = dropout_frac == 0 and memory is None and queries is keys
-    if is_plain and queries.runs is not None and q_QHd.device.type in BY_LENGTH:
-        return attend_by_length(q_QHd, k_SHd, v_SHd, queries.runs)
+    """Returns what each query gathers from the keys of its own sequence and the memory, heads joined: (Q, H * d).
+
+    Args:
+        q_QHd: The queries of all sequences.
+        k_SHd: The keys.
+        v_SHd: The values.
+        queries: Where each sequence's queries stand.
+        keys: Where its keys stand.
+        dropout_frac: Which fraction of the weights is dropped.
+        memory: Keys and values that all sequences see, (M, H, d) each.
+        runs: If the sequences attend to themselves and have few lengths: how many of which one after another.
+    """
+    if runs is not None and dropout_frac == 0 and memory is None and q_QHd.device.type in BY_LENGTH:
+        return attend_by_length(q_QHd, k_SHd, v_SHd, runs)
     # A seed from the device's own generator: nothing waits, and a resumed run draws the same.
     seed = torch.randint(2**62, (), device=q_QHd.device) if dropout_frac > 0 else None
     context_QHd = packed_attention(

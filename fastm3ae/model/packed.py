@@ -97,13 +97,13 @@ def encode_images(
         return Encoded(encode_pixels(vision, images_NCHW).flatten(0, 1), None, None)
     encoded = Encoded(_embed_images(vision, images_NCHW, image_BCHW, keep_BK, plan), None, None)
     for block in vision.blocks:
-        encoded = run(_vision_block, block, encoded.tokens_SD, plan.image_layout)
+        encoded = run(_vision_block, block, encoded.tokens_SD, plan)
     return encoded._replace(tokens_SD=vision.norm(encoded.tokens_SD))
 
 
-def _vision_block(block: Block, x_SD: Tensor, layout: Layout) -> Encoded:
+def _vision_block(block: Block, x_SD: Tensor, plan: Plan) -> Encoded:
     q, k, v = block.attn.qkv(block.norm1(x_SD)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-    x_SD = x_SD + block.attn.proj(attend(q, k, v, layout, layout))
+    x_SD = x_SD + block.attn.proj(attend(q, k, v, plan.image_layout, plan.image_layout, runs=plan.image_runs))
     return Encoded(x_SD + block.mlp(block.norm2(x_SD)), q, k)
 
 

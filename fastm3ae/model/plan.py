@@ -142,6 +142,7 @@ class Plan:
         false_images: Of its false ones those that are; they follow the true ones.
         num_visible: Images, the batch's own, whose visible patches are encoded; they follow the whole ones.
         image_layout: The encoded images.
+        image_runs: How many of them have how many tokens: the whole ones, then the visible patches.
         pair_text_rows: The first fusion layer's rows among those of the encoded texts, pair by pair.
         pair_image_rows: The same of the encoded images.
         layers: The fusion layers.
@@ -155,6 +156,7 @@ class Plan:
     false_images: Rows
     num_visible: int
     image_layout: Layout
+    image_runs: tuple[tuple[int, int], ...]
     pair_text_rows: Rows
     pair_image_rows: Rows
     layers: list[LayerPlan]
@@ -174,7 +176,7 @@ class Plan:
         taken = [(name, stream, taken.depth) for name, of in self.taken.items() for stream, taken in of.items()]
         texts = [(group.name, tuple(group.ids_NT.shape)) for group in self.texts]
         parts = (texts, layouts, rows, streams, taken)
-        return (*map(tuple, parts), len(self.text_rows.array), self.num_visible, len(self.layers))
+        return (*map(tuple, parts), len(self.text_rows.array), self.image_runs, len(self.layers))
 
     def _streams(self) -> list[StreamPlan]:
         return [stream for layer in self.layers for stream in (layer.text, layer.image)]
@@ -269,6 +271,7 @@ def make_plan(
         false_images=rows_of(whole[whole >= num_images] - num_images),
         num_visible=num_visible,
         image_layout=image_layout,
+        image_runs=((len(whole), num_whole_tokens), (num_visible, num_visible_tokens)),
         pair_text_rows=rows_of(text_layout.rows(pairs_of_text)),
         pair_image_rows=rows_of(image_layout.rows(pairs_of_image)),
         layers=layers,

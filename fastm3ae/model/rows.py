@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_RUNS", "Index", "Layout", "Rows", "ranges", "rows_of", "send"]
-
-MAX_RUNS = 4
+__all__ = ["Index", "Layout", "Rows", "ranges", "rows_of", "send"]
 
 
 @dataclass
@@ -53,22 +51,18 @@ class Layout:
     Attributes:
         ends: Behind which row each of them ends, with a 0 in front.
         num_tokens: Tokens of all sequences.
-        runs: How many sequences of which length stand one after another, without those that have no token; None: of
-            more than ``MAX_RUNS`` lengths.
         max_length: No sequence has more tokens. A multiple of 16, so that it seldom differs from batch to batch.
     """
 
     lengths: np.ndarray
     ends: Index = field(init=False)
     num_tokens: int = field(init=False)
-    runs: tuple[tuple[int, int], ...] | None = field(init=False)
     max_length: int = field(init=False)
 
     def __post_init__(self) -> None:
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
         object.__setattr__(self, "ends", Index(ends))
         object.__setattr__(self, "num_tokens", int(ends[-1]))
-        object.__setattr__(self, "runs", _runs(self.lengths[self.lengths > 0]))
         object.__setattr__(self, "max_length", -(-int(self.lengths.max(initial=0)) // 16) * 16)
 
     @property
@@ -79,13 +73,6 @@ class Layout:
     def rows(self, sequences: np.ndarray) -> np.ndarray:
         """Returns the rows of these sequences, one sequence after another."""
         return ranges(self.ends.array[sequences], self.lengths[sequences])
-
-
-def _runs(lengths: np.ndarray) -> tuple[tuple[int, int], ...] | None:
-    starts = np.flatnonzero(np.diff(lengths, prepend=0))
-    if len(starts) > MAX_RUNS:
-        return None
-    return tuple((len(part), int(part[0])) for part in np.split(lengths, starts[1:]) if len(part))
 
 
 @dataclass(frozen=True)

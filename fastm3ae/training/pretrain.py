@@ -15,6 +15,7 @@ from fastm3ae.data.loader import Loader, Place, pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
+from fastm3ae.model.attention import backends
 from fastm3ae.model.build import Model, build_model
 from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
 from fastm3ae.training.checkpoint import load_training_state
@@ -55,6 +56,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         init_model(model, checkpoint)
     if processes.rank:  # the first one goes on with what is left of the seed after the weights
         processes.seed(config.seed)
+    if config.train.step == "packed":
+        notes.append(f"attention on {processes.device.type}: {backends(processes.device.type)}")
     run_folder = None
 
     def open_run_folder() -> None:
