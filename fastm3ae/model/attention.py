@@ -9,9 +9,9 @@ from fastm3ae.model.rows import Layout
 
 __all__ = ["attend", "backends"]
 
-# On which devices the vision tower, which has no dropout, has PyTorch's attention for its whole images and again for its
-# visible patches. As measured by benchmarks/bench_packed_attention.py ("by length" against "ours"): on a CPU it takes
-# 0.85 of the time, for 4 images of 325 tokens and 4 of 82. On a GPU nothing is measured yet.
+# On which devices the vision tower, which has no dropout, has PyTorch's attention for its whole images and again for
+# its visible patches. As measured by benchmarks/bench_packed_attention.py ("by length" against "ours"): on a CPU it
+# takes 0.85 of the time, for 4 images of 325 tokens and 4 of 82. On a GPU nothing is measured yet.
 BY_LENGTH = {"cpu"}
 
 
