@@ -224,6 +224,18 @@ def test_heads_that_the_gpu_kernel_does_not_take_are_refused():
     check_device(dataclasses.replace(config, train=dataclasses.replace(config.train, step="original")), gpu)
 
 
+def test_a_compiled_step_needs_a_compiler(monkeypatch):
+    config = preset("demo")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compiled=True))
+    cpu = SimpleNamespace(device=torch.device("cpu"), number=1)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", sys.executable)
+    check_device(config, cpu)
+    monkeypatch.delenv("CXX")
+    with pytest.raises(UserError, match="train.compiled needs a C\\+\\+ compiler, but there is none of g"):
+        check_device(config, cpu)
+
+
 @pytest.mark.parametrize(("device", "number"), [("cpu", 1), ("cuda", 2)])
 def test_cuda_graphs_need_one_process_on_a_gpu(device, number):
     config = preset("demo")

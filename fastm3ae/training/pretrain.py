@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from fastm3ae.training.loop import Trainer, autocast_context
 from fastm3ae.training.memory import fit_micro_batch
 from fastm3ae.training.resume import check_same_run, find_checkpoint
 from fastm3ae.training.run_folder import RunFolder
+
+COMPILERS = ("g++", "c++", "clang++")  # where torch.compile looks, besides CXX
 
 __all__ = ["build_loader", "pretrain", "resolve_and_build", "with_micro_batch"]
 
@@ -130,9 +133,14 @@ def check_device(config: PretrainConfig, processes: Processes) -> None:
     """Checks that the processes' devices can do what the run asks for.
 
     Raises:
-        UserError: There is no GPU for CUDA graphs, or more than one process; or the packed step's attention on a GPU
-            does not take the model's heads.
+        UserError: There is no GPU for CUDA graphs, or more than one process; no compiler for ``torch.compile``; or the
+            packed step's attention on a GPU does not take the model's heads.
     """
+    if config.train.compiled and not any(map(shutil.which, [os.environ.get("CXX", "g++"), *COMPILERS])):
+        raise UserError(
+            f"train.compiled needs a C++ compiler, but there is none of {', '.join(COMPILERS)} in PATH, "
+            "and CXX names none."
+        )
     if config.train.cuda_graphs and (processes.device.type != "cuda" or processes.number > 1):
         raise UserError(
             f"train.cuda_graphs works in one process on a GPU, got {processes.number} on {processes.device.type}."
