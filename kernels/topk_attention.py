@@ -1,6 +1,6 @@
-"""out[i] = sum_j w[i, j] v[j] with w[i, j] = softmax_j(q[i] . k[j] / sqrt(d)), over the K keys j with the largest scores.
+"""out[i] = sum_j w[i, j] v[j] with w[i, j] = softmax_j(q[i] . k[j] / sqrt(d)), over the K keys of largest score.
 
-The keys are the same for all queries, those that are kept are each query's own, in each head. Of equal scores the one
+The keys are the same for all queries; those that are kept are each query's own, in each head. Of equal scores the one
 of the lower index counts as larger.
 """
 

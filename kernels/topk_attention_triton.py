@@ -22,7 +22,7 @@ __all__ = ["launch_topk_attention", "launch_topk_attention_backward"]
 
 _LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 # Numbers that Triton would otherwise compile for each multiple of 16 and for 1 apart.
-_CHANGING = ("S", "M", "W", "num_kept")
+_CHANGING = ("S", "M", "num_words", "num_kept")
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _topk_attention_fwd_kernel(
     S,
     H,
     M,
-    W,
+    num_words,
     num_kept,
     stride_qs,
     stride_qh,
@@ -141,20 +141,20 @@ def _topk_attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         bits = tl.where(is_dropped, 0, 1).reshape(BLOCK_S, BLOCK_M // 32, 32) << tl.arange(0, 32)[None, None, :]
         word = start // 32 + tl.arange(0, BLOCK_M // 32)
-        is_word = is_query[:, None] & (word < W)[None, :]
-        tl.store(is_kept_ptr + row[:, None] * W + word[None, :], tl.xor_sum(bits, axis=2), mask=is_word)
+        is_word = is_query[:, None] & (word < num_words)[None, :]
+        tl.store(is_kept_ptr + row[:, None] * num_words + word[None, :], tl.xor_sum(bits, axis=2), mask=is_word)
     out_ptrs = out_ptr + (place.to(tl.int64) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query[:, None])
     tl.store(log2_lse_ptr + row, largest * log2_scale + tl.log2(total), mask=is_query)
 
 
 @triton.jit
-def _load_is_kept(is_kept_ptr, place, start, S, W, h, BLOCK_M: tl.constexpr):
+def _load_is_kept(is_kept_ptr, place, start, S, num_words, h, BLOCK_M: tl.constexpr):
     """(queries, BLOCK_M): whether these queries keep these keys; they keep none after the last."""
     word = start // 32 + tl.arange(0, BLOCK_M // 32)
     row = h.to(tl.int64) * S + place
-    is_word = (place < S)[:, None] & (word < W)[None, :]
-    words = tl.load(is_kept_ptr + row[:, None] * W + word[None, :], mask=is_word, other=0)
+    is_word = (place < S)[:, None] & (word < num_words)[None, :]
+    words = tl.load(is_kept_ptr + row[:, None] * num_words + word[None, :], mask=is_word, other=0)
     bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
     return bits.reshape(place.shape[0], BLOCK_M) != 0
 
@@ -173,7 +173,7 @@ def _topk_attention_bwd_queries_kernel(
     S,
     H,
     M,
-    W,
+    num_words,
     stride_gs,
     stride_gh,
     stride_qs,
@@ -203,7 +203,7 @@ def _topk_attention_bwd_queries_kernel(
         m = start + tl.arange(0, BLOCK_M)
         k = load_rows(k_ptr, 0, m, M, h, stride_km, stride_kh, D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
-        is_kept = _load_is_kept(is_kept_ptr, place, start, S, W, h, BLOCK_M)
+        is_kept = _load_is_kept(is_kept_ptr, place, start, S, num_words, h, BLOCK_M)
         p = tl.where(is_kept, tl.exp2(s - log2_lse[:, None]), 0.0)
         v = load_rows(v_ptr, 0, m, M, h, stride_vm, stride_vh, D)
         ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -226,7 +226,7 @@ def _topk_attention_bwd_keys_kernel(
     S,
     H,
     M,
-    W,
+    num_words,
     stride_gs,
     stride_gh,
     stride_qs,
@@ -257,7 +257,7 @@ def _topk_attention_bwd_keys_kernel(
         delta = tl.load(delta_ptr + row, mask=place < S, other=0.0)
         # Keys by queries, so that the weights are the left operand of the next product as they are.
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * log2_scale
-        is_kept = tl.trans(_load_is_kept(is_kept_ptr, place, first_key, S, W, h, BLOCK_M))
+        is_kept = tl.trans(_load_is_kept(is_kept_ptr, place, first_key, S, num_words, h, BLOCK_M))
         p = tl.where(is_kept, tl.exp2(s - log2_lse[None, :]), 0.0)
         ds = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
@@ -270,7 +270,7 @@ def _topk_attention_bwd_keys_kernel(
 def forward_blocks(dtype: torch.dtype) -> dict[str, int]:
     """Many queries, because they share the keys that are loaded in each pass; for float32 see packed attention."""
     if dtype == torch.float32:
-        return {"BLOCK_S": 32, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_S": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_S": 128, "BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -288,9 +288,7 @@ def key_blocks(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_S": 32, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2}
 
 
-def launch_topk_attention(
-    q_SHd: Tensor, k_MHd: Tensor, v_MHd: Tensor, num_kept: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_topk_attention(q_SHd: Tensor, k_MHd: Tensor, v_MHd: Tensor, num_kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the forward kernel.
 
     Args:

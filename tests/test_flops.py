@@ -10,7 +10,7 @@ import torch
 from models import small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastm3ae.kernels import masked_token_loss, packed_attention
+from fastm3ae.kernels import masked_token_loss, packed_attention, topk_attention
 from fastm3ae.training.flops import FlopsByPart
 
 # FLOPs per sample, forward and backward, counted in the original's own code.
@@ -141,3 +141,13 @@ def test_packed_attention_is_counted(device):
         backward = counter.take().total()
     num_weights = 3 * (5 + 3) + 4 * (2 + 3)
     assert (forward, backward) == (4 * num_weights * 2 * 8, 8 * num_weights * 2 * 8)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_topk_attention_is_counted(device):
+    q, k, v = (torch.randn(num, 2, 8, device=device, requires_grad=True) for num in (7, 11, 11))
+    with FlopCounterMode(display=False) as counter:
+        context = topk_attention(q, k, v, 3)
+        forward = counter.get_total_flops()
+        context.sum().backward()
+    assert (forward, counter.get_total_flops()) == (4 * 7 * 11 * 2 * 8, 12 * 7 * 11 * 2 * 8)
