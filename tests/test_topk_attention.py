@@ -129,6 +129,18 @@ def test_the_largest_are_kept_and_of_equal_ones_the_first(case, dtype, device):
     assert torch.equal(kept, chosen(q, k, v, num_kept)) and (kept.sum(dim=-1) == num_kept).all()
 
 
+@each_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["prime", "more_than_a_block", "official"])
+def test_of_rounded_products_as_many_are_kept_and_none_is_much_smaller(name, dtype, device):
+    q, k, v, num_kept, _ = CASES[name].inputs(torch.float32, device).map(lambda x: (x * 3**0.5).to(dtype))
+    kept = is_kept(torch.ops.fastm3ae.topk_attention(q, k, v, num_kept)[1], len(k))
+    assert (kept.sum(dim=-1) == num_kept).all()
+    s = torch.einsum("shd,mhd->hsm", q.double(), k.double())
+    smallest, dropped = (s.where(mask, fill) for mask, fill in ((kept, torch.inf), (~kept, -torch.inf)))
+    assert (smallest.amin(dim=-1) >= dropped.amax(dim=-1) - 1e-5 * s.abs().max()).all()
+
+
 @each_case
 def test_float64_agrees_with_the_reference_and_with_eager(case):
     inputs = case.inputs(torch.float64)

@@ -192,6 +192,12 @@ def test_topk_attention(case, dtype):
     attention.assert_at_most_twice_the_error(got, topk.out_and_grads(inputs, topk.eager), exact)
 
 
+def test_topk_attention_keeps_as_many_of_rounded_products():
+    q, k, v, num_kept, _ = topk.CASES["prime"].inputs().map(lambda x: x * 3**0.5)
+    _, is_kept, _ = topk_attention_triton.launch_topk_attention(q, k, v, num_kept)
+    assert ((is_kept[..., None] >> torch.arange(32) & 1).sum(dim=(-1, -2)) == num_kept).all()
+
+
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_topk_attention_of_nan(name):
     q, k, v, num_kept, _ = inputs = topk.CASES["ties"].inputs()
