@@ -16,7 +16,7 @@ the keys alone: other numbers, and what the slots would cost at the least.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,16 @@ def without_slots(batch_size: int, q: Tensor, k: Tensor, v: Tensor, *slots: Tens
     return attend(F.scaled_dot_product_attention, batch_size, q, k, v)
 
 
+@cache
+def offsets(batch_size: int, length: int) -> Tensor:
+    """Made once, as the loader makes them."""
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=DEVICE) * length
+
+
 def ours(batch_size: int, q: Tensor, k: Tensor, v: Tensor, *slots: Tensor) -> Tensor:
-    q_len, k_len = len(q) // batch_size, len(k) // batch_size
-    q_offsets, k_offsets = (
-        torch.arange(0, len(x) + 1, step, dtype=torch.int32, device=DEVICE) for x, step in ((q, q_len), (k, k_len))
-    )
-    return packed_attention(q, k, v, q_offsets, k_offsets, max_q_len=q_len, max_k_len=k_len, memory=slots)
+    lens = {"max_q_len": len(q) // batch_size, "max_k_len": len(k) // batch_size}
+    q_offsets, k_offsets = (offsets(batch_size, length) for length in lens.values())
+    return packed_attention(q, k, v, q_offsets, k_offsets, memory=slots, **lens)
 
 
 eager = partial(attend, products)
