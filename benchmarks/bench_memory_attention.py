@@ -54,6 +54,19 @@ def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * HEAD_DIM**-0.5).softmax(dim=-1) @ v
 
 
+# Functions of their own, because torch.compile counts a function's variants, and refuses to make many.
+def eager(batch_size: int, *leaves: Tensor) -> Tensor:
+    return attend(products, batch_size, *leaves)
+
+
+def flex(batch_size: int, *leaves: Tensor) -> Tensor:
+    return attend(flex_attention, batch_size, *leaves)
+
+
+def concatenated(batch_size: int, *leaves: Tensor) -> Tensor:
+    return attend(F.scaled_dot_product_attention, batch_size, *leaves)
+
+
 def without_slots(batch_size: int, q: Tensor, k: Tensor, v: Tensor, *slots: Tensor) -> Tensor:
     return attend(F.scaled_dot_product_attention, batch_size, q, k, v)
 
@@ -70,14 +83,13 @@ def ours(batch_size: int, q: Tensor, k: Tensor, v: Tensor, *slots: Tensor) -> Te
     return packed_attention(q, k, v, q_offsets, k_offsets, memory=slots, **lens)
 
 
-eager = partial(attend, products)
 VARIANTS = {
     "eager": eager,
     "torch.compile": torch.compile(eager, fullgraph=True, dynamic=False),
-    "concat + SDPA": partial(attend, F.scaled_dot_product_attention),
+    "concat + SDPA": concatenated,
 }
 if DEVICE == "cuda":
-    VARIANTS["FlexAttention"] = torch.compile(partial(attend, flex_attention), fullgraph=True, dynamic=False)
+    VARIANTS["FlexAttention"] = torch.compile(flex, fullgraph=True, dynamic=False)
 VARIANTS |= {"without slots": without_slots, "ours": ours}
 
 
@@ -135,7 +147,7 @@ SPEC = OpBenchmark(
             Target("self, forward", "without slots", 0.8),
         ),
         # Sequences of one length, without dropout, lose nothing in a plain batch, to which ours adds its copies.
-        "cpu": (Target("self, forward+backward", "eager", 1.1), Target("whole, forward+backward", "eager", 0.7)),
+        "cpu": (Target("self, forward+backward", "eager", 0.9), Target("whole, forward+backward", "eager", 0.7)),
     },
     rounds={"cuda": 50, "cpu": 10},
 )

@@ -96,7 +96,7 @@ SPEC = OpBenchmark(
             Target("forward+backward", "eager", 2.0),
             Target("forward+backward", "torch.compile", 1.5),
         ),
-        "cpu": (Target("forward", "eager", 1.2), Target("forward+backward", "eager", 1.6)),
+        "cpu": (Target("forward", "eager", 1.0), Target("forward+backward", "eager", 1.4)),
     },
     rounds={"cuda": 30, "cpu": 10},
 )
