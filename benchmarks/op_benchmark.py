@@ -87,6 +87,7 @@ class OpBenchmark:
 
     def make_on_stream(self, batch_size: int) -> Mapping[str, Workload]:
         torch.manual_seed(0)
+        torch.compiler.reset()  # counts a function's variants, those of other batch sizes too, and refuses to make many
         with torch.cuda.stream(cuda_timing.STREAM) if DEVICE == "cuda" else nullcontext():
             made = self.make(batch_size)
         assert set(made) == set(self.workloads)

@@ -26,6 +26,7 @@ from fastm3ae.kernels.packed_attention import CUDA_HEAD_DIMS, packed_attention  
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
 from fastm3ae.kernels.restore_patches import restore_patches  # noqa: E402
+from fastm3ae.kernels.topk_attention import topk_attention  # noqa: E402
 
 __all__ = [
     "gather_image_patches",
@@ -38,6 +39,7 @@ __all__ = [
     "resize_crop",
     "restore_patches",
     "scatter_patches_",
+    "topk_attention",
 ]
 
 CUDA_ARCHITECTURES: tuple[str, ...] = _C.cuda_architectures
@@ -45,6 +47,6 @@ CUDA_ARCHITECTURES: tuple[str, ...] = _C.cuda_architectures
 CUDA_VERSION: str | None = _C.cuda_version
 """The version of the nvcc that compiled them."""
 PACKED_ATTENTION_HEAD_DIMS: tuple[int, ...] = CUDA_HEAD_DIMS
-"""The widths of a head that packed_attention takes on a GPU."""
+"""The widths of a head that packed_attention and topk_attention take on a GPU."""
 IGNORED_LABEL: int = IGNORED
 """The label of a token that masked_token_loss passes over."""

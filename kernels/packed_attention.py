@@ -12,9 +12,9 @@ from torch import Tensor
 from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, philox, triton_kernels
 from fastm3ae.kernels.packed_attention_cpu import packed_attention_backward_cpu, packed_attention_cpu
 
-__all__ = ["CUDA_HEAD_DIMS", "packed_attention", "packed_attention_reference", "philox_is_kept"]
+__all__ = ["CUDA_DTYPES", "CUDA_HEAD_DIMS", "packed_attention", "packed_attention_reference", "philox_is_kept"]
 
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (32, 64)
 
 
@@ -232,7 +232,7 @@ def packed_attention(
         raise ValueError(f"seed must be () int64, got {describe(seed)}")
     offsets = {"q_offsets": q_offsets, "k_offsets": k_offsets}
     check_one_device(q=q_QHd, k=k_SHd, v=v_SHd, **offsets, memory_k=memory_k_MHd, memory_v=memory_v_MHd, seed=seed)
-    if q_QHd.is_cuda and (d not in CUDA_HEAD_DIMS or q_QHd.dtype not in _CUDA_DTYPES):
+    if q_QHd.is_cuda and (d not in CUDA_HEAD_DIMS or q_QHd.dtype not in CUDA_DTYPES):
         raise ValueError(f"q must have d = 32 or 64 and no float64 on CUDA, got {describe(q_QHd)}")
     num_dropped = min(round(dropout_frac * (1 << 16)), (1 << 16) - 1)
     places = q_offsets, k_offsets, memory_k_MHd, memory_v_MHd, seed, max_q_len, max_k_len

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,13 @@ def test_a_kernel_that_spills_is_found(resource_usage, tmp_path):
     rows = {row.kernel: row for row in resource_usage.cuda_rows([tmp_path / "planted.cu"], 90)}
     assert rows["spills"].spills > 0 and rows["spills"].threads == 1024
     assert rows["fits"].spills == 0 and rows["fits"].threads == 96
+
+
+def test_every_triton_kernel_is_compiled(resource_usage):
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    launched = {variant.kernel.__name__ for variant in resource_usage.triton_variants()}
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*_triton.py"))
+    assert launched == set(re.findall(r"^def (\w+_kernel)\(", sources, flags=re.MULTILINE))
 
 
 def test_occupancy(resource_usage):

@@ -12,7 +12,7 @@ from models import small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastm3ae import objectives
-from fastm3ae.kernels import masked_token_loss, packed_attention
+from fastm3ae.kernels import masked_token_loss, packed_attention, topk_attention
 from fastm3ae.training.flops import FlopsByPart, count_flops, model_without_values
 
 # FLOPs per sample, forward and backward, counted in the original's own code.
@@ -164,3 +164,13 @@ def test_mpma_is_counted_by_part_and_without_values(memory):
     assert {part for part, _ in counted[0]} == {
         "text encoder", "image encoder", "projections", "MLM head", "MIM decoder", "memory fusion", "alignment heads",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_topk_attention_is_counted(device):
+    q, k, v = (torch.randn(num, 2, 8, device=device, requires_grad=True) for num in (7, 11, 11))
+    with FlopCounterMode(display=False) as counter:
+        context = topk_attention(q, k, v, 3)
+        forward = counter.get_total_flops()
+        context.sum().backward()
+    assert (forward, counter.get_total_flops()) == (4 * 7 * 11 * 2 * 8, 12 * 7 * 11 * 2 * 8)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from mpma_models import MEMORIES, small_config
 
-from fastm3ae.kernels import packed_attention
-from fastm3ae.model.memory_fusion import FusionPlan, MemoryFusion, MemorySlots, TopKMemory, topk_attention
+from fastm3ae.kernels import packed_attention, topk_attention
+from fastm3ae.model.memory_fusion import FusionPlan, MemoryFusion, MemorySlots, TopKMemory
 from fastm3ae.model.rows import Layout, send
 
 TEXTS, PATCHES = np.array([4, 1, 6, 2]), np.array([3, 3, 3, 3])

@@ -9,6 +9,7 @@ import test_gather_patches as patches
 import test_packed_attention as attention
 import test_random_patch_order as order
 import test_restore_patches as restored
+import test_topk_attention as topk
 import torch
 
 from fastm3ae.kernels import (
@@ -18,6 +19,7 @@ from fastm3ae.kernels import (
     packed_attention_triton,
     random_patch_order_triton,
     restore_patches_triton,
+    topk_attention_triton,
 )
 from fastm3ae.kernels.gather_image_patches import gather_image_patches_reference
 from fastm3ae.kernels.gather_patches import (
@@ -28,6 +30,7 @@ from fastm3ae.kernels.gather_patches import (
 from fastm3ae.kernels.packed_attention import philox_is_kept
 from fastm3ae.kernels.random_patch_order import random_patch_order_from_seed_reference, random_patch_order_reference
 from fastm3ae.kernels.restore_patches import restore_patches_backward_reference, restore_patches_reference
+from fastm3ae.kernels.topk_attention import topk_attention_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -171,4 +174,45 @@ def test_packed_attention_of_strided_inputs():
         out, lse = packed_attention_triton.launch_packed_attention(*qkv, *places)
         launch_backward = packed_attention_backward_triton.launch_packed_attention_backward
         results.append((out, *launch_backward(grad, *qkv, out, lse, *places)))
+    patches.assert_all_equal(*results)
+
+
+@cases(topk.CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_topk_attention(case, dtype):
+    inputs = case.inputs(dtype)
+    q, k, v, num_kept, grad = inputs
+    out, is_kept, log2_lse = topk_attention_triton.launch_topk_attention(q, k, v, num_kept)
+    bits = (is_kept[..., None] >> torch.arange(32) & 1).bool().flatten(-2)
+    assert torch.equal(bits[..., : case.num_keys], topk.chosen(q, k, v, num_kept))
+    assert not bits[..., case.num_keys :].any()
+    saved = out, is_kept, log2_lse
+    got = out, *topk_attention_triton.launch_topk_attention_backward(grad, q, k, v, *saved)
+    exact = topk.out_and_grads(inputs.map(torch.Tensor.double), topk_attention_reference)
+    attention.assert_at_most_twice_the_error(got, topk.out_and_grads(inputs, topk.eager), exact)
+
+
+def test_topk_attention_keeps_as_many_of_rounded_products():
+    q, k, v, num_kept, _ = topk.CASES["prime"].inputs().map(lambda x: x * 3**0.5)
+    _, is_kept, _ = topk_attention_triton.launch_topk_attention(q, k, v, num_kept)
+    assert ((is_kept[..., None] >> torch.arange(32) & 1).sum(dim=(-1, -2)) == num_kept).all()
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_topk_attention_of_nan(name):
+    q, k, v, num_kept, _ = inputs = topk.CASES["all_but_one"].inputs()
+    getattr(inputs, name)[2, 1, 3] = torch.nan
+    out, _, _ = topk_attention_triton.launch_topk_attention(q, k, v, num_kept)
+    reached = out[2:3] if name == "q" else out
+    assert reached[:, 1].isnan().all() and out.isnan().sum() == reached[:, 1].numel()
+
+
+def test_topk_attention_of_strided_inputs():
+    q, k, v, num_kept, grad = topk.ODD.inputs()
+    fused = torch.stack([k, v, k], dim=1)
+    variants = [(q, k, v, grad), (q.mT.contiguous().mT, fused[:, 2], fused[:, 1], grad.mT.contiguous().mT)]
+    results = []
+    for *qkv, grad in variants:
+        saved = topk_attention_triton.launch_topk_attention(*qkv, num_kept)
+        results.append((*saved, *topk_attention_triton.launch_topk_attention_backward(grad, *qkv, *saved)))
     patches.assert_all_equal(*results)

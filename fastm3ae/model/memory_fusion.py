@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fastm3ae.config import MPMAConfig
+from fastm3ae.kernels import topk_attention
 from fastm3ae.model.fusion import CoAttentionLayer
 from fastm3ae.model.heads import init_weights
 from fastm3ae.model.packed import Run, call, co_attend
 from fastm3ae.model.plan import StreamPlan
 from fastm3ae.model.rows import Index, Layout, Rows, rows_of
 
-__all__ = ["FusionPlan", "MemoryFusion", "MemorySlots", "TopKMemory", "topk_attention"]
+__all__ = ["FusionPlan", "MemoryFusion", "MemorySlots", "TopKMemory"]
 
 
 class MemorySlots(nn.Module):
@@ -52,23 +53,6 @@ class MemorySlots(nn.Module):
         """Returns sqrt(d) M_k and sqrt(M) M_v, (M, H, d) each."""
         keys_MHd, values_MHd = (x.unflatten(-1, (self.num_heads, -1)) for x in (self.keys, self.values))
         return keys_MHd * keys_MHd.shape[-1] ** 0.5, values_MHd * len(values_MHd) ** 0.5
-
-
-def topk_attention(q_SHd: Tensor, k_MHd: Tensor, v_MHd: Tensor, num_kept: int) -> Tensor:
-    """Attention of each query to those ``num_kept`` of M keys, the same for all, that score best: (S, H, d).
-
-    Args:
-        q_SHd: Queries.
-        k_MHd: Keys.
-        v_MHd: Values.
-        num_kept: How many keys a query attends to; the softmax is over these.
-    """
-    q_HSd, k_HMd, v_HMd = (x.transpose(0, 1) for x in (q_SHd, k_MHd, v_MHd))
-    best_HSk, index_HSk = (q_HSd @ k_HMd.mT * q_SHd.shape[-1] ** -0.5).topk(num_kept, dim=-1)
-    weights_HSk = best_HSk.softmax(dim=-1)
-    # A product with mostly zeros: gathering the values would write d numbers for each weight.
-    weights_HSM = weights_HSk.new_zeros(*best_HSk.shape[:2], len(k_MHd)).scatter(-1, index_HSk, weights_HSk)
-    return (weights_HSM.to(v_HMd.dtype) @ v_HMd).transpose(0, 1)
 
 
 class TopKMemory(nn.Module):

@@ -79,6 +79,19 @@ def packed_attention_backward_flops(grad_QHd, q_QHd, k_SHd, v_SHd, out_QHd, lse_
     return 2 * packed_attention_flops(q_QHd, k_SHd, v_SHd, *places)
 
 
+@register_flop_formula(torch.ops.fastm3ae.topk_attention)
+def topk_attention_flops(q_shape, k_shape, *_, **__) -> int:
+    """Scores and weighted sums, in which most weights are 0."""
+    num_queries, num_heads, head_dim = q_shape
+    return 4 * num_queries * k_shape[0] * num_heads * head_dim
+
+
+@register_flop_formula(torch.ops.fastm3ae.topk_attention_backward)
+def topk_attention_backward_flops(grad_shape, q_shape, k_shape, *_, **__) -> int:
+    """Two products for each of the forward pass."""
+    return 2 * topk_attention_flops(q_shape, k_shape)
+
+
 def model_without_values(config: ModelConfig) -> Model:
     """Returns a model on the device "meta"."""
     with torch.device("meta"):
