@@ -125,7 +125,8 @@ def record_graph(function: Callable[[], Results]) -> tuple[Callable[[], None], R
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The loader's thread may take page-locked memory meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = function()
     return graph.replay, results
 
