@@ -329,7 +329,7 @@ def write_rows(
 
 
 def require_images(
-    root: Path, images: Iterable[str], allow_missing: bool, report: PrepareReport, layout: str
+    root: Path, images: Iterable[str], allow_missing: bool, report: PrepareReport, namer: str
 ) -> set[str]:
     """Returns those of the images that are there, and reports the others.
 
@@ -338,7 +338,7 @@ def require_images(
         images: Paths, which may repeat.
         allow_missing: Whether images may be missing.
         report: Takes the missing ones.
-        layout: What was expected, for the message.
+        namer: What names the images, for the message.
 
     Raises:
         UserError: Images are missing, with all their names, and that is not allowed or none is there.
@@ -348,7 +348,7 @@ def require_images(
     if missing and (not allow_missing or len(missing) == len(named)):
         hint = "" if allow_missing else "; --allow-missing leaves out what is about them"
         raise UserError(
-            f"{root} lacks {len(missing)} of the {len(named)} images that {layout} name{hint}: {', '.join(missing)}."
+            f"{root} lacks {len(missing)} of the {len(named)} images that {namer} name{hint}: {', '.join(missing)}."
         )
     for image in missing:
         report.drop("the image file is missing", image)

@@ -230,7 +230,7 @@ def _note_labels(
     label_splits: Sequence[str],
     report: PrepareReport,
 ) -> None:
-    """Notes how many labels there are, whose answers they are, and which questions have none."""
+    """Notes how many labels there are, whose, which questions have none, and what the test split shares with train."""
     whose = "train alone" if label_splits == ("train",) else "train, val and test, as in the original"
     report.notes.append(f"The labels are the {len(label_of)} different answers of {whose}.")
     unknown = Counter(question.split for question in questions if answer_of[question] not in label_of)
