@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastm3ae.config import MaskingConfig
+from fastm3ae.data.answers import normalize_answer
 from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.data.collate import (
     BatchRequest,
@@ -57,6 +58,7 @@ class DataGoldens:
                 "tokenizer": partial(self.tokenizer, name, recorded),
                 "wwm": partial(self.word_masking, name, recorded),
                 "collate": partial(self.batch, name, recorded),
+                "normalize_word": partial(self.answers, recorded),
             }.get(kind)
             if check:
                 checks += [Check(f"{key}/{c.name}", c.max_error, c.ok, c.detail) for c in check()]
@@ -116,6 +118,11 @@ class DataGoldens:
         yield compare("out_input_ids", mlm_ids_BT, want["out_input_ids"])
         yield compare("out_labels", labels_BT, want["out_labels"])
         self.not_checked.append(f"wwm/{name}/rates_400_batches (statistics)")
+
+    def answers(self, recorded: dict[str, str]) -> Iterator[Check]:
+        """Answers of the VQA sets, in the form in which they are labels."""
+        for answer, want in recorded.items():
+            yield compare_values(repr(answer), normalize_answer(answer), want)
 
     def batch(self, name: str, recorded: dict[str, Any]) -> Iterator[Check]:
         """A batch of the original's data sets: what stands in the JSON, and the stored tensors."""

@@ -11,22 +11,18 @@ import pyarrow as pa
 import pytest
 
 from fastm3ae.data import arrow
-from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable, dataset_files, write_pairs
+from fastm3ae.data.arrow import (
+    CAPTION_COLUMNS,
+    MELINDA_COLUMNS,
+    VQA_COLUMNS,
+    ArrowTable,
+    dataset_files,
+    write_pairs,
+)
 from fastm3ae.errors import UserError
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "data"
 READ = {"image": "binary", "caption": "list<string>", "image_id": "string"}
-VQA = {
-    "image": "binary",
-    "questions": "list<string>",
-    "answers": "list<list<string>>",
-    "answer_labels": "list<list<int>>",
-    "answer_scores": "list<list<float>>",
-    "image_id": "string",
-    "question_id": "list<int>",
-    "answer_type": "list<int>",
-    "split": "string",
-}
 
 
 def make_rows(count, seed=0):
@@ -63,7 +59,14 @@ def test_written_rows_read_back(tmp_path):
     assert os.listdir(tmp_path) == ["a_train.arrow"]
 
 
-@pytest.mark.parametrize("name, columns", [("roco_train", CAPTION_COLUMNS), ("vqa_vqa_rad_train", VQA)])
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        ("roco_train", CAPTION_COLUMNS),
+        ("vqa_vqa_rad_train", VQA_COLUMNS),
+        ("cls_melinda_train", MELINDA_COLUMNS),
+    ],
+)
 def test_the_originals_file_is_written_alike(tmp_path, name, columns):
     original = pa.ipc.open_file(GOLDEN / f"{name}.arrow").read_all()
     write_pairs(tmp_path / "ours.arrow", original.to_pylist(), columns)
@@ -72,6 +75,27 @@ def test_the_originals_file_is_written_alike(tmp_path, name, columns):
     written, expected = (json.loads(table.schema.metadata[b"pandas"])["columns"] for table in (ours, original))
     assert written == expected
     ArrowTable.open([GOLDEN / f"{name}.arrow"], columns)
+
+
+def test_facts_are_read_back_and_change_nothing_else(tmp_path):
+    facts = {"options": {"answers": "train"}, "classes": {"answer_labels": ["yes", "é"]}}
+    write_pairs(tmp_path / "a.arrow", make_rows(3), facts=facts)
+    write_pairs(tmp_path / "b.arrow", make_rows(0), facts=facts)
+    write_pairs(tmp_path / "c.arrow", make_rows(3))
+    table = ArrowTable([tmp_path / name for name in ("a.arrow", "b.arrow", "c.arrow")])
+    assert table.facts() == {"a.arrow": facts, "b.arrow": facts, "c.arrow": {}}
+    a, c = (pa.ipc.open_file(tmp_path / name).read_all() for name in ("a.arrow", "c.arrow"))
+    assert a.equals(c) and a.schema.equals(c.schema)
+    assert a.schema.metadata[b"pandas"] == c.schema.metadata[b"pandas"]
+    assert ArrowTable([GOLDEN / "roco_train.arrow"]).facts() == {"roco_train.arrow": {}}
+
+
+def test_damaged_facts_are_located(tmp_path):
+    table = pa.table({"image": [b""]}).replace_schema_metadata({"fastm3ae": '{"options'})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"a\.arrow is damaged in its metadata 'fastm3ae'"):
+        ArrowTable([tmp_path / "a.arrow"]).facts()
 
 
 def test_pandas_metadata_restores_a_frame(tmp_path):

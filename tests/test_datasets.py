@@ -6,7 +6,7 @@ import pytest
 import torch
 from corpus import SIZE, TOKENIZER, caption_rows, png, write_corpus
 
-from fastm3ae.data.arrow import CAPTION_COLUMNS, write_pairs
+from fastm3ae.data.arrow import CAPTION_COLUMNS, VQA_COLUMNS, write_pairs
 from fastm3ae.data.collate import BatchRequest, ClassificationBatches, RetrievalBatches, VqaBatches
 from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
 from fastm3ae.data.images import make_transform
@@ -51,19 +51,6 @@ def test_data_sets_travel_by_path(corpus):
     copy = pickle.loads(pickle.dumps(data))
     assert copy.text(30) == data.text(30)
     assert len(pickle.dumps(data)) < 3000
-
-
-VQA_COLUMNS = {
-    "image": "binary",
-    "questions": "list<string>",
-    "answers": "list<list<string>>",
-    "answer_labels": "list<list<int>>",
-    "answer_scores": "list<list<float>>",
-    "image_id": "string",
-    "question_id": "list<int>",
-    "answer_type": "list<int>",
-    "split": "string",
-}
 
 
 def vqa_row(**changes):

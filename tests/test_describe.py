@@ -83,4 +83,16 @@ def test_description_of_few_bad_and_no_images(tmp_path):
         describe_arrow(tmp_path / "cut.arrow")
 
 
+def test_description_says_how_the_file_was_prepared(tmp_path):
+    facts = {"options": {"answers": "train", "languages": ["en", "zh"]}, "classes": {"y": list("abcdef"), "z": ["g"]}}
+    write_pairs(tmp_path / "made.arrow", [], facts=facts)
+    described = describe_arrow(tmp_path / "made.arrow")
+    assert described.options == facts["options"] and described.classes == facts["classes"]
+    text = described.render()
+    assert "prepared with answers=train, languages=en zh\n" in text
+    assert "y: 6 classes ('a', 'b', 'c', 'd', 'e', ...)\nz: 1 classes ('g')\n" in text
+    write_pairs(tmp_path / "other.arrow", [])
+    assert "prepared" not in describe_arrow(tmp_path / "other.arrow").render()
+
+
 # Real releases, where a folder with them is at hand

@@ -19,7 +19,15 @@ import pyarrow.compute as pc
 
 from fastm3ae.errors import UserError, nearest
 
-__all__ = ["CAPTION_COLUMNS", "MIMIC_CXR_COLUMNS", "ArrowTable", "dataset_files", "write_pairs"]
+__all__ = [
+    "CAPTION_COLUMNS",
+    "MELINDA_COLUMNS",
+    "MIMIC_CXR_COLUMNS",
+    "VQA_COLUMNS",
+    "ArrowTable",
+    "dataset_files",
+    "write_pairs",
+]
 
 CAPTION_COLUMNS = {"image": "binary", "caption": "list<string>", "image_id": "string", "split": "string"}
 """Columns of a data set of images and captions, in the original's order."""
@@ -32,7 +40,33 @@ MIMIC_CXR_COLUMNS = {
 }
 """The same for MIMIC-CXR, with 14 labels (``fastm3ae.data.prepare.mimic_cxr.CHEXPERT_LABELS``) of 0 or 1."""
 
+VQA_COLUMNS = {
+    "image": "binary",
+    "questions": "list<string>",
+    "answers": "list<list<string>>",
+    "answer_labels": "list<list<int>>",
+    "answer_scores": "list<list<float>>",
+    "image_id": "string",
+    "question_id": "list<int>",
+    "answer_type": "list<int>",
+    "split": "string",
+}
+"""Columns of questions about images; the type of an answer is 0 for a closed question, 1 for an open one."""
+MELINDA_COLUMNS = {
+    "image": "binary",
+    "caption": "list<string>",
+    "image_id": "string",
+    "i_meth": "list<int>",
+    "p_meth": "list<int>",
+    "i_meth_label": "list<int>",
+    "p_meth_label": "list<int>",
+    "split": "string",
+}
+"""Columns of MELINDA: captions with the experiments' methods as classes, in four ways."""
+
 BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch; a small batch keeps writing light.
+
+FACTS_KEY = b"fastm3ae"  # in the schema's metadata, beside pandas'
 
 _TYPES = {"binary": pa.binary(), "string": pa.string(), "int": pa.int64(), "float": pa.float64()}
 _IS_KIND = {
@@ -124,6 +158,24 @@ class ArrowTable:
                 digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Returns for each file, by name, what its preparation wrote down; nothing for a file of another origin.
+
+        Of questions and of classes that is ``options``, by name, and ``classes``: for each column of labels what the
+        label 0, 1, ... stands for.
+
+        Raises:
+            UserError: What is written down cannot be read.
+        """
+        facts = {}
+        for batch in self._batches:
+            written = (batch.rows.schema.metadata or {}).get(FACTS_KEY, b"{}")
+            try:
+                facts[batch.path.name] = json.loads(written)
+            except ValueError as error:
+                raise UserError(f"{batch.path} is damaged in its metadata {FACTS_KEY.decode()!r}: {error}.") from None
+        return facts
+
     def locate(self, index: int) -> tuple[str, int]:
         """Returns the file that holds a row, and the row's number in that file, from 0."""
         batch, row = self._find(index)
@@ -156,7 +208,10 @@ def dataset_files(root: Path | str, datasets: Iterable[str], split: str) -> list
 
 
 def write_pairs(
-    path: Path | str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] = CAPTION_COLUMNS
+    path: Path | str,
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str] = CAPTION_COLUMNS,
+    facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes rows into an arrow file with the original's schema, as a stream, in memory for one record batch.
 
@@ -166,6 +221,7 @@ def write_pairs(
         path: The file to write; its folder must exist.
         rows: One mapping per image, with a value for every column.
         columns: Kind of each column, in the file's order.
+        facts: What ``ArrowTable.facts`` will return, of types that JSON knows.
 
     Returns:
         The number of rows.
@@ -174,7 +230,8 @@ def write_pairs(
     a range index states the number of rows, which a stream does not know beforehand.
     """
     path = Path(path)
-    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in columns.items()], _pandas_metadata(columns))
+    metadata = _pandas_metadata(columns) | ({FACTS_KEY: json.dumps(facts)} if facts else {})
+    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in columns.items()], metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -207,7 +264,7 @@ def _arrow_type(kind: str) -> pa.DataType:
     return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else _TYPES[kind]
 
 
-def _pandas_metadata(columns: Mapping[str, str]) -> dict[str, str]:
+def _pandas_metadata(columns: Mapping[str, str]) -> dict[str | bytes, str]:
     """Returns the schema metadata from which pandas restores a frame of these columns."""
 
     def pandas_name(kind: str) -> str:

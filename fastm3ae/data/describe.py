@@ -4,10 +4,11 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
@@ -17,6 +18,7 @@ from fastm3ae.data.arrow import ArrowTable
 __all__ = ["ArrowDescription", "describe_arrow"]
 
 TEXT_COLUMNS = ("caption", "questions")
+NUM_EXAMPLES = 5  # of the classes of a column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,10 @@ class ArrowDescription:
     """Number of texts of each image; empty if the file has no column of texts."""
     words_per_text: Sequence[int]
     """Number of words of each text."""
+    options: Mapping[str, Any]
+    """With which options `fastm3ae prepare` wrote the file, where it says so."""
+    classes: Mapping[str, Sequence[str]]
+    """For columns of labels, what the label 0, 1, ... stands for, where the file says so."""
     num_images: int
     num_sampled: int
     """Images whose headers were read."""
@@ -54,6 +60,13 @@ class ArrowDescription:
         if self.words_per_text:
             lines.append(f"{len(self.words_per_text)} texts; {_range('per image', self.texts_per_image)}")
             lines.append(_range("words per text", self.words_per_text))
+        if self.options:
+            lines.append(
+                "prepared with " + ", ".join(f"{name}={_plain(value)}" for name, value in self.options.items())
+            )
+        for column, names in self.classes.items():
+            dots = ", ..." if len(names) > NUM_EXAMPLES else ""
+            lines.append(f"{column}: {len(names)} classes ({', '.join(map(repr, names[:NUM_EXAMPLES]))}{dots})")
         if self.num_sampled:
             lines.append(f"{self.num_sampled} images sampled:")
             lines += [f"  {count} x {kind}" for kind, count in self.formats.most_common()]
@@ -78,6 +91,7 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
     text_columns = [name for name in TEXT_COLUMNS if name in schema.names]
     table = ArrowTable.open([path], {"image": "binary"} | dict.fromkeys(text_columns, "list<string>"))
     texts = table.column(text_columns[0]) if text_columns else []
+    facts = table.facts()[path.name]
     sampled = range(0, len(table), max(1, -(-len(table) // max_images)))
     formats: Counter[str] = Counter()
     sizes_px = []
@@ -95,6 +109,8 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
         columns={field.name: str(field.type) for field in schema},
         texts_per_image=[len(row) for row in texts],
         words_per_text=[len(text.split()) for row in texts for text in row],
+        options=facts.get("options", {}),
+        classes=facts.get("classes", {}),
         num_images=len(table),
         num_sampled=len(sampled),
         formats=formats,
@@ -105,6 +121,10 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
         ),
         content=_hash_content(table.batches),
     )
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _range(name: str, values: Sequence[int]) -> str:

@@ -7,8 +7,8 @@ import random
 import re
 import tempfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ __all__ = [
     "keep_texts",
     "draw_splits",
     "map_ahead",
+    "require_images",
+    "write_rows",
     "write_splits",
 ]
 
@@ -65,10 +67,13 @@ class SplitReport:
     num_images: int = 0
     num_texts: int = 0
     num_words: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Number of texts of each kind, where they are told apart."""
 
-    def add(self, texts: list[str]) -> None:
+    def add(self, texts: list[str], kinds: Mapping[str, int]) -> None:
         """Counts one image and its texts."""
         self.num_images += 1
+        self.kinds.update(kinds)
         self.num_texts += len(texts)
         self.num_words += sum(len(text.split()) for text in texts)
 
@@ -78,6 +83,8 @@ class PrepareReport:
     """What was written, and everything that was left out."""
 
     name: str
+    text_name: str = "text"
+    """What one of its texts is called."""
     splits: dict[str, SplitReport] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> what was left out for it, each by name."""
@@ -91,10 +98,15 @@ class PrepareReport:
 
     def render(self) -> str:
         """Returns the report as plain text: a table of the splits, then what was left out and what else to know."""
-        lines = [f"{self.name:<12}{'images':>9}{'texts':>9}{'words/text':>12}  file"]
+        kinds = list(dict.fromkeys(kind for part in self.splits.values() for kind in part.kinds))
+        header = ["images", f"{self.text_name}s", *kinds, f"words/{self.text_name}"]
+        table: list[tuple[str, list[str], Path | str]] = [(self.name, header, "file")]
         for split, part in self.splits.items():
             words = f"{part.num_words / part.num_texts:.1f}" if part.num_texts else "-"
-            lines.append(f"{split:<12}{part.num_images:>9}{part.num_texts:>9}{words:>12}  {part.file}")
+            counts = [part.num_images, part.num_texts, *(part.kinds[kind] for kind in kinds)]
+            table.append((split, [*map(str, counts), words], part.file))
+        width, widths = max(12, len(self.name) + 1), [max(9, len(cell) + 2) for cell in header]
+        lines = [f"{name:<{width}}{''.join(map(str.rjust, cells, widths))}  {file}" for name, cells, file in table]
         lines += [f"Left out {len(items)}: {reason} ({_examples(items)})." for reason, items in self.dropped.items()]
         if not self.dropped:
             lines.append("Nothing was left out.")
@@ -244,21 +256,60 @@ def write_splits(
             report.moved.append(image)
         texts_of.setdefault(image, []).extend(texts)
         split_of[image], more_of[image] = split, more
+    rows = [
+        {"caption": texts, "image_id": image, "split": split_of[image], **more_of[image]}
+        for image, texts in texts_of.items()
+    ]
+    return write_rows(rows, root, output, report, columns=columns, on_bad_image=on_bad_image, progress=progress)
 
-    def rows(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
-        images = [image for image in texts_of if split_of[image] == split]
-        read = map_ahead(_read_image, (root / image for image in images))
-        for image, (data, fault) in zip(images, read, strict=True):
+
+def write_rows(
+    rows: Sequence[Mapping[str, Any]],
+    root: Path,
+    output: Path,
+    report: PrepareReport,
+    *,
+    columns: Mapping[str, str],
+    on_bad_image: OnBadImage,
+    progress: Progress | None,
+    facts: Mapping[str, Any] | None = None,
+    kinds_of: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda row: {},
+) -> PrepareReport:
+    """Writes ``{report.name}_{split}.arrow`` for each split, its rows in their order, and completes the report.
+
+    The images' bytes are stored as they lie in their files. Either all arrow files are replaced or none.
+
+    Args:
+        rows: A value for every column but ``image``, one row for each image of a split.
+        root: Folder from which the rows' image ids start.
+        output: Folder of the arrow files; made if missing.
+        report: Names the data set, and holds what the source has left out so far.
+        columns: Kind of each column. The first list of strings are the texts.
+        on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        progress: Called after each image.
+        facts: What the files will say of their preparation.
+        kinds_of: Counts a row's texts by their kind, for the report.
+
+    Raises:
+        UserError: No image with a text is left, or an image is bad and ``on_bad_image`` is "stop".
+    """
+    text_column = next(name for name, kind in columns.items() if kind == "list<string>")
+
+    def with_images(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
+        of_split = [row for row in rows if row["split"] == split]
+        read = map_ahead(_read_image, (root / row["image_id"] for row in of_split))
+        for row, (data, fault) in zip(of_split, read, strict=True):
+            image = row["image_id"]
             if fault and on_bad_image == "stop":
                 raise UserError(f"{root / image}: {fault}.")
             if fault:
                 reason, _, detail = fault.partition(": ")
                 report.drop(reason, f"{image} ({detail})" if detail else image)
             else:
-                part.add(texts_of[image])
-                yield {"image": data, "caption": texts_of[image], "image_id": image, "split": split, **more_of[image]}
+                part.add(row[text_column], kinds_of(row))
+                yield {"image": data, **row}
             if progress:
-                progress(next(num_done), len(texts_of))
+                progress(next(num_done), len(rows))
 
     num_done = itertools.count(1)
     output = Path(output)
@@ -266,7 +317,7 @@ def write_splits(
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{report.name}.") as staging:
         for split in SPLITS:
             part = report.splits[split] = SplitReport(output / f"{report.name}_{split}.arrow")
-            write_pairs(Path(staging, part.file.name), rows(split, part), columns)
+            write_pairs(Path(staging, part.file.name), with_images(split, part), columns, facts)
         if not any(part.num_images for part in report.splits.values()):
             faults = [f"{len(items)} x {reason} ({items[0]})" for reason, items in report.dropped.items()]
             why = "; ".join(faults) or "no text at all"
@@ -275,6 +326,33 @@ def write_splits(
             Path(staging, part.file.name).replace(part.file)
     report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]
     return report
+
+
+def require_images(
+    root: Path, images: Iterable[str], allow_missing: bool, report: PrepareReport, namer: str
+) -> set[str]:
+    """Returns those of the images that are there, and reports the others.
+
+    Args:
+        root: Folder from which the images' paths start.
+        images: Paths, which may repeat.
+        allow_missing: Whether images may be missing.
+        report: Takes the missing ones.
+        namer: What names the images, for the message.
+
+    Raises:
+        UserError: Images are missing, with all their names, and that is not allowed or none is there.
+    """
+    named = list(dict.fromkeys(images))
+    missing = [image for image in named if not (root / image).is_file()]
+    if missing and (not allow_missing or len(missing) == len(named)):
+        hint = "" if allow_missing else "; --allow-missing leaves out what is about them"
+        raise UserError(
+            f"{root} lacks {len(missing)} of the {len(named)} images that {namer} name{hint}: {', '.join(missing)}."
+        )
+    for image in missing:
+        report.drop("the image file is missing", image)
+    return set(named) - set(missing)
 
 
 def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
