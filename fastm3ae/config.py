@@ -183,7 +183,7 @@ class TrainConfig:
     max_val_batches: int | None = None
     """Validate on at most so many batches; None: the whole split."""
     num_pictures: int = 8
-    """Validation pairs drawn into each picture."""
+    """Validation pairs drawn into each picture; 0: no pictures."""
     save_every_steps: int = 5_000
     """How often a checkpoint is written; always at the end."""
     keep_checkpoints: int = 2

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: reconstructions of masked images, with the caption and the predicted words."""
+"""Pictures of what a model does: reconstructions beside captions, attention over images, and how memory is used."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,10 +9,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["Reconstruction", "patchify", "reconstruct", "reconstruction_grid", "unpatchify"]
+__all__ = [
+    "Reconstruction",
+    "TileRow",
+    "Usage",
+    "grey_out",
+    "lay_over",
+    "patchify",
+    "reconstruct",
+    "reconstruction_grid",
+    "tile_grid",
+    "to_unit_range",
+    "unpatchify",
+    "usage_chart",
+]
 
 GREY = 0.5  # what a hidden patch looks like in the masked input
+HEAT = (1.0, 0.15, 0.0)  # the colour of attention
+MAX_HEAT_FRAC = 0.7  # how much of it the patch gets that is attended to most
 CAPTION_WIDTH_PX = 420
+GAP_PX = 6
 
 
 class Reconstruction(NamedTuple):
@@ -80,14 +96,36 @@ def reconstruct(
         variance, centre = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
         rebuilt_BNP = rebuilt_BNP * (variance + 1e-6).sqrt() + centre
     rebuilt_BNP = rebuilt_BNP.where(is_hidden_BN[..., None], patches_BNP)
-    mean_C11, std_C11 = (image_BCHW.new_tensor(values).float()[:, None, None] for values in (mean, std))
+    original, rebuilt = (
+        to_unit_range(image, mean, std) for image in (image_BCHW.float(), unpatchify(rebuilt_BNP, patch_size_px))
+    )
+    return original, grey_out(original, is_hidden_BN, patch_size_px), rebuilt
 
-    def to_unit_range(image: Tensor) -> Tensor:
-        return (image * std_C11 + mean_C11).clamp(0, 1)
 
-    original = to_unit_range(image_BCHW.float())
-    is_hidden_BCHW = unpatchify(is_hidden_BN[..., None].expand_as(patches_BNP), patch_size_px)
-    return original, original.masked_fill(is_hidden_BCHW, GREY), to_unit_range(unpatchify(rebuilt_BNP, patch_size_px))
+def to_unit_range(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Takes the normalisation of the channels back, and cuts to [0, 1]."""
+    mean_C11, std_C11 = (image_BCHW.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (image_BCHW * std_C11 + mean_C11).clamp(0, 1)
+
+
+def grey_out(image_BCHW: Tensor, is_hidden_BN: Tensor, patch_size_px: int) -> Tensor:
+    """Returns images in which the hidden patches are grey."""
+    is_hidden_BNP = is_hidden_BN[..., None].expand(-1, -1, 3 * patch_size_px**2)
+    return image_BCHW.masked_fill(unpatchify(is_hidden_BNP, patch_size_px), GREY)
+
+
+def lay_over(image_BCHW: Tensor, weights_BN: Tensor, patch_size_px: int) -> Tensor:
+    """Colours each patch by its weight relative to the largest one of its image; a patch of weight 0 stays as it is.
+
+    Args:
+        image_BCHW: Images in [0, 1].
+        weights_BN: Weights of their patches, none negative.
+        patch_size_px: Height and width of a patch.
+    """
+    relative_BN = weights_BN / weights_BN.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weights_BN.dtype).tiny)
+    share_BNP = (MAX_HEAT_FRAC * relative_BN)[..., None].expand(-1, -1, 3 * patch_size_px**2)
+    heat_311 = image_BCHW.new_tensor(HEAT)[:, None, None]
+    return image_BCHW.lerp(heat_311.expand_as(image_BCHW), unpatchify(share_BNP, patch_size_px).to(image_BCHW.dtype))
 
 
 def reconstruction_grid(rows: Sequence[Reconstruction], min_tile_px: int = 144) -> Image.Image:
@@ -97,26 +135,123 @@ def reconstruction_grid(rows: Sequence[Reconstruction], min_tile_px: int = 144) 
         rows: What to draw.
         min_tile_px: Smaller images are enlarged by a whole factor to at least this size.
     """
-    gap, header, font = 6, 20, ImageFont.load_default(size=12)
-    _, height, width = rows[0].original.shape
-    scale = max(1, -(-min_tile_px // min(height, width)))
-    tile = (width * scale, height * scale)
+    header, font = 20, _font()
+    tile = _tile_size(rows[0].original, min_tile_px)
     captions = ["\n".join(part for text in row.caption for part in textwrap.wrap(text, 64) or [""]) for row in rows]
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    heights = [
-        gap + max(tile[1], int(measure.multiline_textbbox((0, 0), caption, font=font)[3])) for caption in captions
-    ]
-    text_left = 3 * (tile[0] + gap) + gap
+    heights = [GAP_PX + max(tile[1], _text_size(caption)[1]) for caption in captions]
+    text_left = 3 * (tile[0] + GAP_PX) + GAP_PX
     sheet = Image.new("RGB", (text_left + CAPTION_WIDTH_PX, header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(("original", "masked input", "reconstruction")):
-        draw.text((column * (tile[0] + gap), 2), title, fill="black", font=font)
+        draw.text((column * (tile[0] + GAP_PX), 2), title, fill="black", font=font)
     top = header
     for row, caption, row_height in zip(rows, captions, heights, strict=True):
         for column, image in enumerate((row.original, row.masked, row.rebuilt)):
-            pixels = (image.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            enlarged = Image.fromarray(pixels).resize(tile, Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (column * (tile[0] + gap), top))
+            sheet.paste(_enlarged(image, tile), (column * (tile[0] + GAP_PX), top))
         draw.multiline_text((text_left, top), caption, fill="black", font=font)
         top += row_height
     return sheet
+
+
+class TileRow(NamedTuple):
+    """Images beside each other.
+
+    Args:
+        caption: A text above them.
+        tiles: Each with its title, of as many lines as all others have.
+    """
+
+    caption: str
+    tiles: Sequence[tuple[str, Tensor]]
+
+
+def tile_grid(rows: Sequence[TileRow], min_tile_px: int = 144) -> Image.Image:
+    """Draws rows of titled images (3, H, W) in [0, 1], all of one size.
+
+    Args:
+        rows: What to draw.
+        min_tile_px: Smaller images are enlarged by a whole factor to at least this size.
+    """
+    font = _font()
+    tile = _tile_size(rows[0].tiles[0][1], min_tile_px)
+    num_columns = max(max(len(row.tiles) for row in rows), -(-CAPTION_WIDTH_PX // (tile[0] + GAP_PX)))
+    width = num_columns * (tile[0] + GAP_PX)
+    # 6 px is about what a letter takes.
+    captions = ["\n".join(textwrap.wrap(row.caption, width // 6, max_lines=3, placeholder=" ...")) for row in rows]
+    title_height = max(_text_size(title)[1] for row in rows for title, _ in row.tiles) + GAP_PX
+    heights = [_text_size(caption)[1] + title_height + tile[1] + 3 * GAP_PX for caption in captions]
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row, caption, height in zip(rows, captions, heights, strict=True):
+        draw.multiline_text((0, top), caption, fill="black", font=font)
+        tile_top = top + height - tile[1] - 2 * GAP_PX
+        for column, (title, image) in enumerate(row.tiles):
+            left = column * (tile[0] + GAP_PX)
+            draw.multiline_text((left, tile_top - title_height), title, fill="black", font=font)
+            sheet.paste(_enlarged(image, tile), (left, tile_top))
+        top += height
+    return sheet
+
+
+class Usage(NamedTuple):
+    """How much each slot of a memory is used.
+
+    Args:
+        title: A line above.
+        values_M: One number for each slot, none negative.
+    """
+
+    title: str
+    values_M: Tensor
+
+
+def usage_chart(rows: Sequence[Usage], num_columns: int = 64, cell_px: int = 14) -> Image.Image:
+    """Draws a cell for each slot, from white (0) to dark blue (the largest number of all rows).
+
+    Args:
+        rows: What to draw.
+        num_columns: Longer rows go on in further lines.
+        cell_px: Height and width of a cell.
+    """
+    line_px, font = 20, _font()
+    most = max(float(row.values_M.max()) for row in rows)
+    num_lines = [-(-len(row.values_M) // num_columns) for row in rows]
+    header = f"one cell each: white 0%, dark blue {most:.2%}"
+    cells_width = min(num_columns, max(len(row.values_M) for row in rows)) * cell_px + 1
+    width = max(cells_width, *(_text_size(text)[0] + GAP_PX for text in (header, *(row.title for row in rows))))
+    sheet = Image.new("RGB", (width, line_px + sum(line_px + n * cell_px + GAP_PX for n in num_lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((0, 2), header, fill="black", font=font)
+    top = line_px
+    for row, lines in zip(rows, num_lines, strict=True):
+        draw.text((0, top + 2), row.title, fill="black", font=font)
+        top += line_px
+        for number, value in enumerate(row.values_M.tolist()):
+            left, cell_top = number % num_columns * cell_px, top + number // num_columns * cell_px
+            relative = value / most if most > 0 else 0.0
+            colour = tuple(round(255 + (dark - 255) * relative) for dark in (8, 48, 107))
+            draw.rectangle((left, cell_top, left + cell_px, cell_top + cell_px), fill=colour, outline="lightgrey")
+        top += lines * cell_px + GAP_PX
+    return sheet
+
+
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=12)
+
+
+def _text_size(text: str) -> tuple[int, int]:
+    """Returns the width and the height."""
+    _, _, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=_font())
+    return int(right), int(bottom)
+
+
+def _tile_size(image_CHW: Tensor, min_tile_px: int) -> tuple[int, int]:
+    _, height, width = image_CHW.shape
+    scale = max(1, -(-min_tile_px // min(height, width)))
+    return width * scale, height * scale
+
+
+def _enlarged(image_CHW: Tensor, size: tuple[int, int]) -> Image.Image:
+    pixels = (image_CHW.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)

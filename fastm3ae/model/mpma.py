@@ -103,6 +103,12 @@ class MPMA(nn.Module):
         plan.send(batch.image_BCHW.device)
         return self._global_alignment(self._encode(batch, plan)["alignment"], batch, plan, call)
 
+    def mlm_logits(self, batch: PretrainBatch) -> Tensor:
+        """Returns the logits (M, V) of the hidden words, for those who want to see the predictions."""
+        plan = MPMAPlan(batch, self.config)
+        plan.send(batch.image_BCHW.device)
+        return self.mlm_head(self._hidden_words(self._encode(batch, plan)["report_reconstruction"], plan, call))
+
     def _encode(self, batch: PretrainBatch, plan: "MPMAPlan", run: Run = call) -> dict[str, "Sides"]:
         image_BCHW, config = batch.image_BCHW, self.config
         if config.image.target_scale > 1:
@@ -125,9 +131,11 @@ class MPMA(nn.Module):
         return MIMOutputs(self.mim_decoder(image_BLD, sides.restore_BN, hidden_BU), hidden_BU)
 
     def _report_reconstruction(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> MLMOutputs:
+        return self.mlm_head.loss(self._hidden_words(sides, plan, run), batch.masked_labels_M)
+
+    def _hidden_words(self, sides: "Sides", plan: "MPMAPlan", run: Run) -> Tensor:
         patches_SD = self.image_proj(sides.image.tokens_SD[:, 1:].flatten(0, 1))
-        tokens_MD = self.fusion(self.text_proj(sides.text.tokens_SD), patches_SD, plan.fusion.layers, run)
-        return self.mlm_head.loss(tokens_MD, batch.masked_labels_M)
+        return self.fusion(self.text_proj(sides.text.tokens_SD), patches_SD, plan.fusion.layers, run)
 
     def _global_alignment(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> GlobalFeatures:
         cls_BD = sides.text.tokens_SD.index_select(0, plan.first_rows.tensor)

@@ -25,9 +25,10 @@ from fastm3ae.training.graphs import PassGraphs, record_graph
 from fastm3ae.training.interrupt import StopRequest
 from fastm3ae.training.memory import explain_full_memory
 from fastm3ae.training.meter import Meter
+from fastm3ae.training.pictures import draw_pictures
 from fastm3ae.training.run_folder import RunFolder
 from fastm3ae.training.step import OptimizerStep
-from fastm3ae.training.validation import draw_reconstructions, validate
+from fastm3ae.training.validation import validate
 
 __all__ = ["Trainer", "autocast_context", "batch_mover", "build_step", "compute_dtype"]
 
@@ -239,12 +240,13 @@ class Trainer:
         if self.run_folder is None:
             return
         tqdm.write(f"step {self.step}, validation: {_brief(metrics)}")
-        if first and "mim" in self.model.config.objectives and self.config.train.num_pictures:
+        if first and self.config.train.num_pictures:
             mean, std = (t.flatten().tolist() for t in normalization(self.config.data.val_transform))
-            sheet = draw_reconstructions(
+            pictures = draw_pictures(
                 self.model, first[0], self.tokenizer, self.config.train.num_pictures, mean, std, self.make_step.autocast
             )
-            self.run_folder.picture(self.step, "reconstructions", sheet)
+            for name, picture in pictures.items():
+                self.run_folder.picture(self.step, name, picture)
 
     def _save(self, is_best: bool = False) -> None:
         of_each_process = self.processes.gather(

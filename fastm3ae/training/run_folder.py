@@ -5,7 +5,7 @@ data.json           the data files and the fingerprints of what they hold
 environment.json    versions, device, code version; environment_NNNNNN.json from where the run was resumed
 metrics.jsonl       a line per logged training step and per validation
 summary.json        the last validation, throughput and counts, written at the end
-pictures/           reconstructions at each validation
+pictures/           what the model makes of the first held-out pairs, at each validation: see pictures.py
 checkpoints/        step_NNNNNN folders and the best weights: see checkpoint.py
 tensorboard/        event files
 """

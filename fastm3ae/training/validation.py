@@ -1,25 +1,22 @@
-"""Validation: every metric on held-out pairs, with the controls that say what the numbers mean, and pictures."""
+"""Validation: every metric on held-out pairs, with the controls that say what the numbers mean."""
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from fastm3ae import objectives
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.build import Model
+from fastm3ae.model.fusion_use import FusionUse
 from fastm3ae.model.heads import MIMOutputs
-from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.retrieval import Retrieval
-from fastm3ae.visualize import Reconstruction, reconstruct, reconstruction_grid
 
-__all__ = ["draw_reconstructions", "validate"]
+__all__ = ["validate"]
 
 
 @torch.no_grad()
@@ -38,7 +35,9 @@ def validate(
 
     Of MPMA the same under its objectives' names, and ``image_to_report_recall_at_1`` (see ``Retrieval``) over
     ``image_to_report_candidates`` candidates, the whole images and reports being shown; it counts in the score. The
-    loss of global_alignment contrasts the pairs of one pass, so that it depends on ``train.micro_batch``.
+    loss of global_alignment contrasts the pairs of one pass, so that it depends on ``train.micro_batch``. With slots,
+    ``memory_frac``: which fraction of their cross-attention the hidden words give to the slots, mean over the words,
+    the heads and the fusion's layers; a slot that weighs as much as a patch gives M / (M + patches).
 
     Args:
         model: The model; its mode (training or evaluation) is left as it was.
@@ -51,13 +50,14 @@ def validate(
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
     retrieval = Retrieval()
+    has_slots = "report_reconstruction" in model.config.objectives and model.config.memory == "slots"
 
     def add(name: str, total: Tensor | float, count: int) -> None:
         sums[name] += float(total)
         counts[name] += count
 
     for batch in batches:
-        with autocast():
+        with autocast(), FusionUse(model, batch) if has_slots else nullcontext() as use:
             outputs = model(batch)
             results = objectives.losses(outputs, batch, model.config)
         for name, loss in results.items():
@@ -65,6 +65,9 @@ def validate(
             add(f"{name}_loss", loss.mean * count, count)
             for metric, total in loss.sums.items():
                 add(f"{name}_{metric}", total, count)
+        if use is not None:
+            of_layers = torch.stack(use.slot_weights())
+            add("memory_frac", of_layers.mean(dim=0).sum(), of_layers.shape[1])
         for name in outputs.keys() & {"mlm", "report_reconstruction"}:
             if len(batch) > 1:
                 # Half a batch further on: neighbours may be texts of the same image.
@@ -107,63 +110,3 @@ def _patch_means(outputs: MIMOutputs, batch: PretrainBatch, model: Model) -> Ten
     if hidden.dtype != torch.bool:
         means_BNC = means_BNC.gather(1, hidden[..., None].expand(-1, -1, 3))
     return means_BNC.repeat(1, 1, size**2).to(pred.dtype)
-
-
-@torch.no_grad()
-def draw_reconstructions(
-    model: M3AE,
-    batch: PretrainBatch,
-    tokenizer: PreTrainedTokenizerFast,
-    num_pictures: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    autocast: Callable[[], AbstractContextManager],
-) -> Image.Image:
-    """Draws original, masked input and reconstruction of the first pairs, with the caption and its predicted tokens.
-
-    Args:
-        model: A model with the objectives mim and, for the predicted tokens, mlm.
-        batch: A batch on the model's device, images normalised.
-        tokenizer: Turns ids into words.
-        num_pictures: How many pairs are drawn.
-        mean: Mean of each channel of the normalisation.
-        std: Standard deviation of each channel of the normalisation.
-        autocast: Gives the context in which the model computes.
-    """
-    was_training = model.training
-    model.eval()
-    with autocast():
-        pred_BNP, is_hidden_BN = model.mim(batch)
-        predicted_M = model.mlm_logits(batch).argmax(-1) if "mlm" in model.config.objectives else None
-    model.train(was_training)
-    images = reconstruct(
-        pred_BNP,
-        batch.image_BCHW,
-        is_hidden_BN,
-        patch_size_px=model.config.vision.patch_size_px,
-        normalize_target=model.config.mim.normalize_target,
-        mean=mean,
-        std=std,
-    )
-    rows = []
-    for i, triple in enumerate(zip(*images, strict=True)):
-        if i == num_pictures:
-            break
-        caption = [batch.texts[i]]
-        if predicted_M is not None:
-            caption += ["", _masked_words(batch, predicted_M, i, tokenizer)]
-        rows.append(Reconstruction(*triple, caption))
-    return reconstruction_grid(rows)
-
-
-def _masked_words(batch: PretrainBatch, predicted_M: Tensor, i: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Returns the masked tokens of text i in words: "true -> predicted"."""
-    num_tokens = batch.mlm_labels_BT.shape[1]
-    positions_M = batch.masked_index_M
-    mine = ((positions_M // num_tokens) == i).nonzero().flatten().tolist()
-    labels = batch.mlm_labels_BT.flatten()[positions_M]
-    words = []
-    for m in mine:
-        true, predicted = (tokenizer.decode([int(ids[m])]).strip() for ids in (labels, predicted_M))
-        words.append(f"{true} -> {predicted}")
-    return "masked: " + "; ".join(words)
