@@ -132,6 +132,16 @@ def test_passes_add_up_to_the_whole_batch(folder, micro_batch, view):
     assert got[0][2:] == pytest.approx(want[0][2:], rel=1e-6)
 
 
+def without_key_bias(name, x):
+    """A parameter without the biases of keys: softmax does not see them, and Adam makes much of rounding errors."""
+    if name.endswith("qkv.bias"):
+        q, _, v = x.chunk(3)
+        return torch.cat([q, v])
+    if name.endswith("kv.bias"):
+        return x.chunk(2)[1]
+    return x[:0] if name.endswith("key.bias") else x
+
+
 def test_two_processes_equal_one(folder):
     """Shares of 3 and 4 pairs, the larger one in two passes, and now and then a pair that cannot be used."""
     write_pairs(folder / "made_train.arrow", caption_rows(12, 100, bad=[5]))
@@ -147,7 +157,8 @@ def test_two_processes_equal_one(folder):
         assert left[:2] == right[:2] and left[2:] == pytest.approx(right[2:], rel=1e-5), left[:2]
     one, two = (load_file(folder / name / "checkpoints/step_000008/model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
-        assert torch.allclose(two[name], tensor, rtol=1e-4, atol=2e-5), name
+        got, want = (without_key_bias(name, x) for x in (two[name], tensor))
+        assert torch.allclose(got, want, rtol=1e-4, atol=2e-5), name
     one, two = (json.loads((folder / name / "summary.json").read_text()) for name in ("one", "two"))
     assert two["image_to_report_recall_at_1"] == one["image_to_report_recall_at_1"]
 
