@@ -15,7 +15,7 @@ from functools import partial
 import harness
 import original_step
 import whole_step
-from whole_step import Figure
+from whole_step import Figure, with_vocabulary
 
 from fastm3ae.presets import preset
 
@@ -32,12 +32,12 @@ STEPS = {"original": original, "packed": whole_step.packed}
 def ratio(model, batch, rounds: int) -> float:
     """How many times as fast the packed step is."""
     runs = {name: partial(whole_step.run, losses, model, batch) for name, losses in STEPS.items()}
-    median_s = whole_step.compare(runs, rounds)
-    return median_s["original"] / median_s["packed"]
+    timings = whole_step.compare(runs, rounds)
+    return timings["original"].median_s / timings["packed"].median_s
 
 
 def print_demo(rounds: int) -> None:
-    model = whole_step.make_model(preset("demo").model, vocab_size=400)
+    model = whole_step.make_model(with_vocabulary(preset("demo").model, 400))
     batch = original_step.make_batch(model.config, [16 + number % 12 for number in range(32)], 3, num_tokens=48)
     print(f"the step at the demo's sizes, 32 pairs, float32\n{harness.machine()}\n")
     print(f"\npacked step: {ratio(model, batch, rounds):.2f} times as fast as the original's")
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.demo:
         return print_demo(arguments.rounds or 20)
-    model = whole_step.make_model(preset("m3ae").model, vocab_size=50265)
+    model = whole_step.make_model(with_vocabulary(preset("m3ae").model, 50265))
     batch = original_step.make_batch(model.config, LENGTHS, NUM_MASKED, NUM_TOKENS)
     if arguments.peak_of:
         for _ in range(2):

@@ -7,8 +7,8 @@ with an attention mask; memory slots are concatenated to the keys and values (Me
 rows of the memory matrix are gathered (R2Gen-CMN); the vocabulary is predicted at all positions, of which the
 cross entropy ignores those that are not masked; local alignment is a loop over the pairs.
 
-Attention is materialised: so it is in MRM's and MGCA's code, and MGCA, whose word and patch weights these are, reads
-CLS's row of the last layer. ``is_fused`` runs ``scaled_dot_product_attention`` instead and makes that row a second time:
+Attention is materialised: so it is in MRM's and MGCA's code, and MGCA, whose weights of words and patches these are,
+reads CLS's row of the last layer. ``is_fused`` runs ``scaled_dot_product_attention`` instead and makes that row again:
 the faster way with today's packages.
 
 Not modelled: the full view, separate masking, a target of twice the resolution, the gather of other passes' features.

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import harness
 import torch
+from harness import Timing
 from torch import Tensor
 
 from fastm3ae import objectives
@@ -49,12 +51,15 @@ class Figure:
         return f"{self.name}: {value} (target: at {'most' if self.is_at_most else 'least'} {self.target})"
 
 
-def make_model(config: ModelConfig, vocab_size: int, device: str = "cpu") -> Model:
+def with_vocabulary(config: ModelConfig, vocab_size: int) -> ModelConfig:
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size, pad_token_id=1))
+
+
+def make_model(config: ModelConfig, device: str = "cpu") -> Model:
     """A model with random weights, made where it stays."""
     torch.manual_seed(0)
-    text = dataclasses.replace(config.text, vocab_size=vocab_size, pad_token_id=1)
     with torch.device(device):
-        model = build_model(dataclasses.replace(config, text=text))
+        model = build_model(config)
     return model.to(device).train()  # .to: the decoder's positions come from NumPy
 
 
@@ -62,10 +67,14 @@ def packed(model: Model, batch: PretrainBatch, **options: bool) -> Tensor:
     return objectives.total(objectives.losses(model(batch, **options), batch, model.config))
 
 
-def run(losses: Losses, model: Model, batch: PretrainBatch) -> None:
+def run(
+    losses: Losses, model: Model, batch: PretrainBatch, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> None:
     """A step without an optimiser."""
     model.zero_grad(set_to_none=True)
-    losses(model, batch).backward()
+    with autocast():
+        loss = losses(model, batch)
+    loss.backward()
 
 
 def in_turn(step: Callable[[PretrainBatch], object], batches: Sequence[PretrainBatch]) -> Callable[[], None]:
@@ -80,8 +89,8 @@ def in_turn(step: Callable[[PretrainBatch], object], batches: Sequence[PretrainB
     return run_next
 
 
-def compare(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up_rounds: int = 2) -> dict[str, float]:
-    """Median seconds of each, which are printed with the ratios of those that ran one after the other."""
+def compare(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up_rounds: int = 2) -> dict[str, Timing]:
+    """Times of each, which are printed with the ratios of those that ran one after the other."""
     timings = harness.measure(runs, rounds, warm_up_rounds)
     width = max(map(len, timings))
     first = next(iter(timings))
@@ -91,7 +100,22 @@ def compare(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up_round
     for name in list(timings)[1:]:
         pairs = [a / b for a, b in zip(timings[first].samples_s, timings[name].samples_s, strict=True)]
         print(f"{first} / {name}, each pair: {', '.join(f'{pair:.2f}' for pair in pairs)}", flush=True)
-    return {name: timing.median_s for name, timing in timings.items()}
+    return timings
+
+
+def row_of(batch_size: int, variant: str, timing: Timing, first: Timing, peak_gib: float | None, **more) -> dict:
+    """What ``write_json`` takes of a variant, whose time is compared with that of the first one."""
+    return {
+        "batch_size": batch_size,
+        "variant": variant,
+        "median_s": timing.median_s,
+        "p20_s": timing.percentile_s(20),
+        "p80_s": timing.percentile_s(80),
+        "samples_per_s": batch_size / timing.median_s,
+        "peak_gib": peak_gib,
+        "times_first": first.median_s / timing.median_s,
+        **more,
+    }
 
 
 def peak_gib(script: str, name: str) -> float:
@@ -118,7 +142,7 @@ def report(figures: Sequence[Figure], is_check: bool, errors: Sequence[str] = ()
 
 
 def write_json(path: Path, title: str, rows: Sequence[Mapping], figures: Sequence[Figure]) -> None:
-    """Writes what ``report.py`` reads."""
+    """Writes what ``report.py`` reads: rows as of ``row_of``, or with an error in the place of times."""
     record = {
         "step": title,
         "machine": harness.machine(),
