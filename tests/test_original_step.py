@@ -184,10 +184,8 @@ def test_compiled_it_is_one_graph_for_each_pass(yardstick, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(yardstick.one_pass, fullgraph=True, backend=keep)
-    monkeypatch.setattr(
-        yardstick, "maybe_compiled", lambda function, is_compiled: compiled if is_compiled else function
-    )
+    functions = {True: torch.compile(yardstick.one_pass, fullgraph=True, backend=keep), False: yardstick.one_pass}
+    monkeypatch.setattr(yardstick, "maybe_compiled", lambda function, compiled: functions[compiled])
     model = small_model()
     for seed in range(3):
         lengths, num_masked = ([9, 6, 7], [1, 2, 3]) if seed else ([9, 9, 9], 4)

@@ -72,8 +72,8 @@ def test_table_of_what_runs_and_what_fails(gpu_step, monkeypatch, tmp_path, caps
     # A variant that fails is said, counted, and leaves the others alone.
     monkeypatch.setitem(gpu_step.VARIANTS, "packed, CUDA graphs", gpu_step.Variant(broken))
     names = ("original", "packed, CUDA graphs", "packed")
-    for check, status in (("--check", 1), ("--rounds=2", 0)):
-        assert run_main(gpu_step, monkeypatch, check, "--json", file, "--rounds", 2, "--variants", *names) == status
+    for check, status in ((["--check"], 1), ([], 0)):
+        assert run_main(gpu_step, monkeypatch, *check, "--json", file, "--rounds", 2, "--variants", *names) == status
         said = capsys.readouterr().out
         assert "failed: RuntimeError: no graph\n" in said and "failed: packed, CUDA graphs at 6 pairs" in said
     rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
