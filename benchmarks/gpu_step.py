@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -149,6 +150,11 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def num_times_full() -> int:
+    """How often the allocator had to give memory back and ask again."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if DEVICE == "cuda" else 0
+
+
 def prepare(config: PretrainConfig, name: str, batch_size: int) -> Contestant:
     """Makes a variant's first steps, in passes that find enough memory."""
     ready = []
@@ -175,7 +181,10 @@ def contest(
     """Measures a variant beside the original: a row for each."""
     contestants = {each: prepare(config, each, batch_size) for each in dict.fromkeys([YARDSTICK, name])}
     runs = {each: whole_step.in_turn(contestant.step, contestant.batches) for each, contestant in contestants.items()}
+    num_full = num_times_full()
     timings = harness.measure(runs, rounds, warm_up_rounds=1)
+    if num_times_full() > num_full:
+        print(f"{name} at {batch_size} pairs: memory ran full while it was measured, so that its times are too long")
     return {
         each: whole_step.row_of(
             batch_size,
@@ -190,17 +199,14 @@ def contest(
     }
 
 
-def contest_or_error(config: PretrainConfig, name: str, batch_size: int, *arguments) -> dict[str, dict]:
-    """The rows of ``contest``, or one that says why the variant failed."""
+def result_or_reason(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What the function returns, or why it failed: what keeps a variant from running is a result of this benchmark."""
     try:
-        return contest(config, name, batch_size, *arguments)
-    # Whatever keeps a variant from running, graphs and compilers above all, is a result of this benchmark.
+        return function(), None
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return {name: {"batch_size": batch_size, "variant": name, "error": reason}}
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     finally:
-        if VARIANTS[name].compiles:
-            torch.compiler.reset()
+        torch.compiler.reset()
 
 
 def needed_flops(config: PretrainConfig, batch_size: int) -> float:
@@ -289,43 +295,62 @@ def main() -> None:
     title = f"M3AE's step with its optimiser, preset {PRESET}, {DEVICE}"
     print(f"{title}\n{harness.machine()}")
     matmul_flops_per_s = measure_matmul(torch.device(DEVICE), compute_dtype(config.train, torch.device(DEVICE)))
-    print(f"a large product: {matmul_flops_per_s / 1e12:.4g} TFLOP/s")
+    notes = [f"a large product: {matmul_flops_per_s / 1e12:.4g} TFLOP/s"]
     if left_out := [name for name in VARIANTS if name not in arguments.variants]:
-        print(f"left out: {'; '.join(left_out)}")
+        notes.append(f"left out: {'; '.join(left_out)}")
+    print("\n".join(notes))
     others = [name for name in VARIANTS if name in arguments.variants and name != YARDSTICK] or [YARDSTICK]
     flops = {batch_size: needed_flops(config, batch_size) for batch_size in arguments.batch_sizes}
     rows: dict[tuple[int, str], dict] = {}
-    no_time = []
+    errors, no_time = [], []
+
+    def has_time(what: str) -> bool:
+        if time.perf_counter() - start < arguments.seconds:
+            return True
+        no_time.append(what)
+        return False
+
+    def save() -> list[Figure]:
+        figures = figures_of(rows, arguments.batch_sizes) if DEVICE == "cuda" else []
+        if arguments.json:
+            whole_step.write_json(arguments.json, title, rows.values(), figures, notes)
+        return figures
 
     def measure(names: Sequence[str]) -> None:
-        for batch_size, name in itertools.product(arguments.batch_sizes, names):
-            if time.perf_counter() - start > arguments.seconds:
-                no_time.append(f"{name} at {batch_size} pairs")
+        for name, batch_size in itertools.product(names, arguments.batch_sizes):
+            what = f"{name} at {batch_size} pairs"
+            if not has_time(what):
                 continue
-            found = contest_or_error(config, name, batch_size, arguments.rounds, flops[batch_size], matmul_flops_per_s)
+            of_step = arguments.rounds, flops[batch_size], matmul_flops_per_s
+            found, reason = result_or_reason(partial(contest, config, name, batch_size, *of_step))
             free()
+            if reason:
+                errors.append(what)
+                found = {name: {"batch_size": batch_size, "variant": name, "error": reason}}
             for each, row in found.items():
                 if (batch_size, each) not in rows:
                     rows[batch_size, each] = row
                     print(format_row(row), flush=True)
-            if arguments.json:  # each time, because this may be stopped
-                figures = figures_of(rows, arguments.batch_sizes) if DEVICE == "cuda" else []
-                whole_step.write_json(arguments.json, title, rows.values(), figures)
+            save()  # each time, because this may be stopped
 
     print(f"\n{HEADER}")
     measure([name for name in others if not VARIANTS[name].compiles])
-    for name in (YARDSTICK, "packed"):
-        if DEVICE == "cuda" and name in arguments.variants and time.perf_counter() - start < arguments.seconds:
-            print(f"largest batch of one pass, {name}: {largest_batch(config, name)} pairs", flush=True)
+    for name in (YARDSTICK, "packed") if DEVICE == "cuda" else ():
+        what = f"the largest batch of one pass, {name}"
+        if name in arguments.variants and has_time(what):
+            size, reason = result_or_reason(partial(largest_batch, config, name))
             free()
+            notes.append(f"{what}: {reason or f'{size} pairs'}")
+            print(notes[-1], flush=True)
+            if reason:
+                errors.append(what)
     measure([name for name in others if VARIANTS[name].compiles])
 
-    print()
     if no_time:
-        print(f"no time left for: {'; '.join(no_time)}")
-    figures = figures_of(rows, arguments.batch_sizes) if DEVICE == "cuda" else []
-    errors = [f"{row['variant']} at {row['batch_size']} pairs" for row in rows.values() if "error" in row]
-    whole_step.report(figures, arguments.check, errors)
+        notes.append(f"no time left for: {'; '.join(no_time)}")
+        print(notes[-1])
+    print()
+    whole_step.report(save(), arguments.check, errors)
 
 
 if __name__ == "__main__":

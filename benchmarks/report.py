@@ -120,6 +120,7 @@ def main() -> None:
     lines = []
     if steps:
         lines += [f"# Steps, {steps[0]['machine']}", "", *step_figures(steps), "", *step_times(steps), ""]
+        lines += [f"- {record['step']}: {note}" for record in steps for note in record["notes"]] + [""]
     if records:
         lines += [f"# Kernels, {records[0]['machine']}", "", *figures(records), ""]
     num_first_lines = len(lines)

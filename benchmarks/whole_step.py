@@ -5,7 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +141,15 @@ def report(figures: Sequence[Figure], is_check: bool, errors: Sequence[str] = ()
         sys.exit(1)
 
 
-def write_json(path: Path, title: str, rows: Sequence[Mapping], figures: Sequence[Figure]) -> None:
+def write_json(
+    path: Path, title: str, rows: Iterable[Mapping], figures: Sequence[Figure], notes: Sequence[str] = ()
+) -> None:
     """Writes what ``report.py`` reads: rows as of ``row_of``, or with an error in the place of times."""
     record = {
         "step": title,
         "machine": harness.machine(),
         "rows": list(rows),
+        "notes": list(notes),
         "figures": [dataclasses.asdict(figure) | {"is_missed": figure.is_missed} for figure in figures],
     }
     path.write_text(json.dumps(record, indent=1))

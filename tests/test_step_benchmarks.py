@@ -186,9 +186,10 @@ def test_report_names_what_failed(monkeypatch, tmp_path):
     import whole_step
 
     rows = [{"batch_size": 32, "variant": "packed", "error": "RuntimeError: a | b"}]
-    whole_step.write_json(tmp_path / "step_m3ae.json", "M3AE", rows, [whole_step.Figure("ours", None, 2.0)])
+    figures = [whole_step.Figure("ours", None, 2.0)]
+    whole_step.write_json(tmp_path / "step_m3ae.json", "M3AE", rows, figures, ["a note"])
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     report.main()
     table = (tmp_path / "report.md").read_text()
     assert "| M3AE | 32 | packed | failed: RuntimeError: a / b |" in table
-    assert "| M3AE | ours | - | at least 2.0 | not measured |" in table
+    assert "| M3AE | ours | - | at least 2.0 | not measured |" in table and "- M3AE: a note\n" in table
