@@ -1,7 +1,5 @@
 """What the original computes in a pre-training step, in eager PyTorch with our model's parameters: the yardstick.
 
-    python benchmarks/original_step.py    # times it on the demo's small model
-
 Modelled: a whole forward pass for each objective, which patchifies its images, runs all fusion layers and both poolers
 whether or not the loss reads them, and looks up modality embeddings token by token; attention of texts and fusion with
 a product each for queries, keys and values, materialised scores, an added mask (of zeros for images), dropout on the
@@ -12,6 +10,10 @@ on a GPU, its AdamW, every metric read by the host.
 
 Where the original depends on versions or has a choice, the faster way is taken: today's torch, gradients that are
 dropped instead of zeroed, positions added out of place, metrics that are updated once a step.
+
+Compiled, each pass is one graph of ``torch.compile``, which breaks nowhere. What does break one stays outside of it:
+choosing ITM's images, because the labels are asked of the device, and the accuracies, because a boolean index has as
+many rows as the device finds.
 
 Deviation: A batch without masked tokens has the MLM loss 0 here, as in ours; the original's is NaN. Sorting is stable
 here, so that equal noise hides the same patches in both.
@@ -26,18 +28,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastm3ae.config import M3AEConfig, OptimConfig
+from fastm3ae.config import M3AEConfig, ModelConfig, OptimConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.masking import num_kept_patches
 from fastm3ae.model.fusion import CoAttentionLayer
 from fastm3ae.model.heads import MIMDecoder, MLMHead
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.presets import preset
+from fastm3ae.model.packed import maybe_compiled
 from fastm3ae.training.optim import build_optimizer, build_schedule, parameter_groups
 
 
@@ -68,7 +69,7 @@ class Projections(NamedTuple):
     cross_kv: list[tuple[Tensor, Tensor]]
 
 
-def passes(model: M3AE, batch: PretrainBatch) -> Iterator[tuple[str, Outputs]]:
+def passes(model: M3AE, batch: PretrainBatch, compiled: bool = False) -> Iterator[tuple[str, Outputs]]:
     """Runs one forward pass after the other, each when it is asked for."""
     if model.config.vision.kind != "clip":
         raise ValueError(f"model must have a CLIP ViT, which is what the original trains, got {model.config.vision}")
@@ -78,22 +79,38 @@ def passes(model: M3AE, batch: PretrainBatch) -> Iterator[tuple[str, Outputs]]:
         (text_layer, separate(text_layer), image_layer, separate(image_layer))
         for text_layer, image_layer in zip(model.fusion.text_layers, model.fusion.image_layers, strict=True)
     ]
-    for objective in model.config.objectives:
-        yield objective, PASSES[objective](model, batch, partial(infer, model, layers, batch))
-
-
-def mlm(model: M3AE, batch: PretrainBatch, run: Callable[..., Features]) -> Outputs:
-    features = run(batch.mlm_ids_BT, batch.image_BCHW)
-    logits_BTV = mlm_logits(model.mlm_head, features.text_BTD)
+    run = maybe_compiled(one_pass, compiled)
     # The length is known to the host.
     reduction = "mean" if len(batch.masked_index_M) else "sum"
+    for objective in model.config.objectives:
+        image_BCHW = matched_images(batch) if objective == "itm" else batch.image_BCHW
+        yield objective, run(model, layers, batch, objective, image_BCHW, reduction)
+
+
+def one_pass(
+    model: M3AE,
+    layers: Sequence[tuple[CoAttentionLayer, Projections, CoAttentionLayer, Projections]],
+    batch: PretrainBatch,
+    objective: str,
+    image_BCHW: Tensor,
+    reduction: str,
+) -> Outputs:
+    run = partial(infer, model, layers, batch)
+    if objective == "mlm":
+        return mlm(model, batch, image_BCHW, run, reduction)
+    return PASSES[objective](model, batch, image_BCHW, run)
+
+
+def mlm(model: M3AE, batch: PretrainBatch, image_BCHW: Tensor, run: Callable[..., Features], reduction: str) -> Outputs:
+    features = run(batch.mlm_ids_BT, image_BCHW)
+    logits_BTV = mlm_logits(model.mlm_head, features.text_BTD)
     logits, labels = logits_BTV.view(-1, logits_BTV.shape[-1]), batch.mlm_labels_BT.view(-1)
     loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
     return Outputs(loss, logits_BTV, batch.mlm_labels_BT)
 
 
-def mim(model: M3AE, batch: PretrainBatch, run: Callable[..., Features]) -> Outputs:
-    features = run(batch.text_ids_BT, batch.image_BCHW, batch.patch_noise_BN)
+def mim(model: M3AE, batch: PretrainBatch, image_BCHW: Tensor, run: Callable[..., Features]) -> Outputs:
+    features = run(batch.text_ids_BT, image_BCHW, batch.patch_noise_BN)
     pred_BNP = decode_pixels(model.mim_decoder, features.mim_image_BLD, features.restore_BN)
     target_BNP = features.patches_BNP
     if model.config.mim.normalize_target:
@@ -103,13 +120,17 @@ def mim(model: M3AE, batch: PretrainBatch, run: Callable[..., Features]) -> Outp
     return Outputs((error_BN * features.hidden_BN).sum() / features.hidden_BN.sum(), pred_BNP, None)
 
 
-def itm(model: M3AE, batch: PretrainBatch, run: Callable[..., Features]) -> Outputs:
+def matched_images(batch: PretrainBatch) -> Tensor:
     false_images = iter(batch.false_image_FCHW)
     images = [
         true_image if label == 1 else next(false_images)  # asks the device, once for each sample
         for true_image, label in zip(batch.image_BCHW, batch.itm_labels_B, strict=True)
     ]
-    logits_B2 = model.itm_head(run(batch.text_ids_BT, torch.stack(images)).cls_BE)
+    return torch.stack(images)
+
+
+def itm(model: M3AE, batch: PretrainBatch, image_BCHW: Tensor, run: Callable[..., Features]) -> Outputs:
+    logits_B2 = model.itm_head(run(batch.text_ids_BT, image_BCHW).cls_BE)
     labels_B = batch.itm_labels_B.to(logits_B2.device)
     return Outputs(F.cross_entropy(logits_B2, labels_B), logits_B2, labels_B)
 
@@ -292,37 +313,44 @@ class OriginalStep:
         model: The model; its parameters are changed in place.
         config: How it learns; the AdamW is always the original's.
         num_steps: Steps of the whole run.
+        compiled: Whether ``torch.compile`` makes a graph of each pass.
     """
 
-    def __init__(self, model: M3AE, config: OptimConfig, num_steps: int) -> None:
-        self.model, self.device = model, model.image_proj.weight.device.type
+    def __init__(self, model: M3AE, config: OptimConfig, num_steps: int, compiled: bool = False) -> None:
+        self.model, self.device, self.compiled = model, model.image_proj.weight.device.type, compiled
         config = dataclasses.replace(config, adamw="official")
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
         self.schedule = build_schedule(self.optimizer, config, num_steps)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
 
-    def __call__(self, batch: PretrainBatch) -> dict[str, float]:
-        """Returns each objective's loss and accuracy, and the total loss."""
-        losses, metrics = [], {}
-        with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
-            for name, (loss, logits, labels) in passes(self.model, batch):
-                losses.append(loss)
-                metrics[f"{name}_loss"] = loss.detach()
-                if labels is not None:
-                    metrics[f"{name}_accuracy"] = accuracy(logits, labels)
-            metrics["total_loss"] = total = sum(losses)
-        self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
+    def __call__(self, *pieces: PretrainBatch) -> dict[str, float]:
+        """Returns each objective's loss and accuracy, and the total loss: the means over the batch's equal pieces."""
+        sums: dict[str, Tensor] = {}
+        for number, piece in enumerate(pieces):
+            metrics = {}
+            with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
+                losses = []
+                for name, (loss, logits, labels) in passes(self.model, piece, self.compiled):
+                    losses.append(loss)
+                    metrics[f"{name}_loss"] = loss.detach()
+                    if labels is not None:
+                        metrics[f"{name}_accuracy"] = accuracy(logits, labels)
+                total = sum(losses)
+            if number == 0:
+                self.optimizer.zero_grad()
+            self.scaler.scale(total / len(pieces)).backward()
+            metrics["total_loss"] = total.detach()
+            sums = {name: metric + sums.get(name, 0) for name, metric in metrics.items()}
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return {name: metric.item() for name, metric in metrics.items()}
+        return {name: metric.item() / len(pieces) for name, metric in sums.items()}
 
 
 def make_batch(
-    config: M3AEConfig, lengths: Sequence[int], num_masked: int, num_tokens: int, seed: int = 0
+    config: ModelConfig, lengths: Sequence[int], num_masked: int | Sequence[int], num_tokens: int, seed: int = 0
 ) -> PretrainBatch:
-    """Random normalised images with texts of so many valid tokens, in each of which so many are masked.
+    """Random normalised images with texts of so many valid tokens, in each of which so many are masked (a number each).
 
     As in the original, half of the images that ITM sees are false (with an odd number of pairs, the larger half).
     """
@@ -332,8 +360,9 @@ def make_batch(
     is_padding_BT = torch.arange(num_tokens) >= torch.tensor(lengths)[:, None]
     ids_BT[is_padding_BT] = config.text.pad_token_id
     labels_BT = torch.full_like(ids_BT, -100)
-    for row, length in enumerate(lengths):
-        masked = 1 + torch.randperm(length - 2, generator=generator)[:num_masked]  # not CLS, not SEP
+    each_masked = [num_masked] * num if isinstance(num_masked, int) else num_masked
+    for row, (length, number) in enumerate(zip(lengths, each_masked, strict=True)):
+        masked = 1 + torch.randperm(length - 2, generator=generator)[:number]  # not CLS, not SEP
         labels_BT[row, masked] = ids_BT[row, masked]
     itm_labels_B = (torch.arange(num) < num // 2).long()[torch.randperm(num, generator=generator)]
     return PretrainBatch(
@@ -349,20 +378,3 @@ def make_batch(
         false_image_FCHW=torch.randn(num - num // 2, 3, size, size, generator=generator),
         patch_noise_BN=torch.rand(num, (size // config.vision.patch_size_px) ** 2, generator=generator),
     )
-
-
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = preset("demo")
-    text = dataclasses.replace(run.model.text, vocab_size=1000, pad_token_id=0, dropout_frac=0.1)
-    config = dataclasses.replace(run.model, text=text, fusion=dataclasses.replace(run.model.fusion, dropout_frac=0.1))
-    batch = make_batch(config, lengths=[20] * 8, num_masked=3, num_tokens=48).to(device)
-    step = OriginalStep(M3AE(config).to(device), run.optim, num_steps=100)
-    timing = harness.measure({"step": lambda: step(batch)}, rounds=10)["step"]
-    print(f"The original's step on the demo's model, 8 pairs, {device}\n{harness.machine()}")
-    print(f"median {timing.median_s * 1e3:.1f} ms (20 %: {timing.percentile_s(20) * 1e3:.1f}, ", end="")
-    print(f"80 %: {timing.percentile_s(80) * 1e3:.1f})")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """Joins the figures that benchmarks wrote with --json: one Markdown table, one JSON file, and a plot per op.
 
-    python benchmarks/report.py FOLDER    # reads bench_*.json there, writes report.md, results.json and plots.png
+    python benchmarks/report.py FOLDER    # reads bench_*.json and step_*.json there, writes report.md, results.json
+                                          # and plots.png
 
 A plot shows, over the batch size, how many times faster than eager PyTorch each variant is; it needs matplotlib, which
 the extra "bench" installs.
@@ -49,6 +50,37 @@ def times(records: list[dict]) -> Iterator[str]:
             )
 
 
+def step_figures(records: list[dict]) -> Iterator[str]:
+    """A line per target of a whole step."""
+    yield "| step | figure | measured | target | |"
+    yield "| --- | --- | --- | --- | --- |"
+    for record in records:
+        for figure in record["figures"]:
+            value = "-" if figure["value"] is None else f"{figure['value']:.2f}"
+            target = f"at {'most' if figure['is_at_most'] else 'least'} {figure['target']}"
+            verdict = "not measured" if figure["value"] is None else "**missed**" if figure["is_missed"] else "met"
+            yield f"| {record['step']} | {figure['name']} | {value} | {target} | {verdict} |"
+
+
+def step_times(records: list[dict]) -> Iterator[str]:
+    """A line per variant of a whole step."""
+    yield "| step | pairs | variant | a pass | median ms | p20 | p80 | samples/s | utilisation | GiB | vs the first |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for record in records:
+        for row in record["rows"]:
+            start = f"| {record['step']} | {row['batch_size']} | {row['variant']} |"
+            if "error" in row:
+                yield f"{start} failed: {row['error'].replace('|', '/')} | | | | | | | |"
+                continue
+            milliseconds = " | ".join(f"{row[key] * 1e3:.2f}" for key in ("median_s", "p20_s", "p80_s"))
+            utilisation = f"{row['utilisation']:.1%}" if "utilisation" in row else ""
+            peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+            yield (
+                f"{start} {row.get('max_pass', row['batch_size'])} | {milliseconds} | {row['samples_per_s']:.1f} | "
+                f"{utilisation} | {peak} | {row['times_first']:.2f}x |"
+            )
+
+
 def plot(records: list[dict], path: Path) -> None:
     """One panel per op and workload."""
     import matplotlib
@@ -82,16 +114,26 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("bench_*.json"))]
-    if not records:
-        sys.exit(f"{folder} must have files bench_*.json, got none")
-    lines = [f"# Kernels, {records[0]['machine']}", "", *figures(records), "", *times(records)]
+    steps = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*.json"))]
+    if not records and not steps:
+        sys.exit(f"{folder} must have files bench_*.json or step_*.json, got none")
+    lines = []
+    if steps:
+        lines += [f"# Steps, {steps[0]['machine']}", "", *step_figures(steps), "", *step_times(steps), ""]
+        lines += [f"- {record['step']}: {note}" for record in steps for note in record["notes"]] + [""]
+    if records:
+        lines += [f"# Kernels, {records[0]['machine']}", "", *figures(records), ""]
+    num_first_lines = len(lines)
+    lines += times(records) if records else []
     (folder / "report.md").write_text("\n".join(lines) + "\n")
-    (folder / "results.json").write_text(json.dumps(records, indent=1))
-    if importlib.util.find_spec("matplotlib"):
+    (folder / "results.json").write_text(json.dumps(records + steps, indent=1))
+    if not records:
+        print("no plots: these are of kernels")
+    elif importlib.util.find_spec("matplotlib"):
         plot(records, folder / "plots.png")
     else:
         print("no plots: matplotlib is not installed (pip install 'fastm3ae[bench]')")
-    print("\n".join(lines[: 4 + sum(len(record["figures"]) for record in records)]))
+    print("\n".join(lines[:num_first_lines]))
 
 
 if __name__ == "__main__":

@@ -176,6 +176,50 @@ def test_a_batch_without_masked_tokens_costs_nothing(yardstick):
     assert metrics["mlm_loss"] == metrics["mlm_accuracy"] == 0
 
 
+def test_compiled_it_is_one_graph_for_each_pass(yardstick, monkeypatch):
+    """Whatever the lengths; a graph that breaks would be an error."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    functions = {True: torch.compile(yardstick.one_pass, fullgraph=True, backend=keep), False: yardstick.one_pass}
+    monkeypatch.setattr(yardstick, "maybe_compiled", lambda function, compiled: functions[compiled])
+    model = small_model()
+    for seed in range(3):
+        lengths, num_masked = ([9, 6, 7], [1, 2, 3]) if seed else ([9, 9, 9], 4)
+        batch = yardstick.make_batch(model.config, lengths, num_masked, 9, seed)
+        batch = dataclasses.replace(
+            batch,
+            image_BCHW=batch.image_BCHW.double(),
+            false_image_FCHW=batch.false_image_FCHW.double(),
+        )
+        for (name, got), (_, want) in zip(
+            yardstick.passes(model, batch, compiled=True), yardstick.passes(model, batch), strict=True
+        ):
+            got_gradients = gradients(model, got.loss)
+            for parameter, gradient in gradients(model, want.loss).items():
+                assert torch.allclose(got_gradients[parameter], gradient, rtol=1e-9, atol=1e-12), (name, parameter)
+    assert len(graphs) == len(model.config.objectives)
+
+
+def test_equal_pieces_make_the_step_of_one(yardstick):
+    after = []
+    for num_pieces in (1, 3):
+        model = small_model()
+        batch = small_batch(model, "mlm", num=5)
+        step = yardstick.OriginalStep(model, OptimConfig(learning_rate=1e-3), 100)
+        metrics = [step(*[batch] * num_pieces) for _ in range(2)]
+        after.append((metrics, {name: p.detach() for name, p in model.named_parameters()}))
+    for got, want in zip(after[0][0], after[1][0], strict=True):
+        assert got == pytest.approx(want, rel=1e-6)
+    before = dict(small_model().named_parameters())
+    for name, value in after[0][1].items():
+        assert torch.allclose(value, after[1][1][name], rtol=1e-6, atol=1e-9), name
+    assert any((value - before[name]).abs().max() > 1e-7 for name, value in after[0][1].items())
+
+
 def test_dropout_where_the_original_has_it(yardstick):
     model = with_depth(3, 2, dropout_frac=0.1).double().train()
     batch = small_batch(model, "mlm")
