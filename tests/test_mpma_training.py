@@ -163,7 +163,14 @@ def test_two_processes_equal_one(folder):
     assert two["image_to_report_recall_at_1"] == one["image_to_report_recall_at_1"]
 
 
+DIVISIONS = {
+    "equal": [[[0, 1, 2]], [[3, 4, 5]]],
+    "passes": [[[0], [1, 2]], [[3, 4, 5]]],
+    "idle": [[[0, 1, 2, 3, 4, 5]], []],
+    "idle beside passes": [[[0, 1, 2, 3], [4, 5]], []],
+}
 ONE_STEP = """
+import json
 import sys
 import torch
 from contextlib import nullcontext
@@ -172,52 +179,48 @@ from fastm3ae.config import OptimConfig
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.step import OptimizerStep
 
-processes = Processes("cpu")
-model = small_model(alignment={"learn_temperature": True})
-step = OptimizerStep(model, OptimConfig(learning_rate=1e-3), 10, processes, nullcontext, False, {"compiled": False})
-batch = small_batch(model.config)
-shares = {"1": [[[0, 1, 2, 3, 4, 5]]], "equal": [[[0, 1, 2]], [[3, 4, 5]]], "passes": [[[0], [1, 2]], [[3, 4, 5]]],
-          "idle": [[[0, 1, 2, 3, 4, 5]], []], "idle beside passes": [[[0, 1, 2, 3], [4, 5]], []]}[sys.argv[1]]
-mine = [part_of(batch, rows) for rows in shares[processes.rank]]
-totals = processes.sum(step.count(mine))
-step.optimizer.step = lambda *_, **__: None
-step.optimizer.zero_grad = lambda *_, **__: None
-if not mine:
-    step._spare = part_of(batch, [0, 1])
-sums = step(mine, totals)
-losses = {name: sum(x) for name in sums if name.endswith("_loss") for x in [processes.gather(float(sums[name][0]))]}
+processes, found = Processes("cpu"), {}
+for name, shares in json.loads(sys.argv[1]).items():
+    model = small_model(alignment={"learn_temperature": True})
+    step = OptimizerStep(model, OptimConfig(learning_rate=1e-3), 10, processes, nullcontext, False, {"compiled": False})
+    batch = small_batch(model.config)
+    mine = [part_of(batch, rows) for rows in shares[processes.rank]]
+    totals = processes.sum(step.count(mine))
+    step.optimizer.step = lambda *_, **__: None
+    step.optimizer.zero_grad = lambda *_, **__: None
+    if not mine:
+        step._spare = part_of(batch, [0, 1])
+    sums = step(mine, totals)
+    losses = {key: sum(processes.gather(float(sums[key][0]))) for key in sums if key.endswith("_loss")}
+    found[name] = {"grads": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "losses": losses}
 if processes.is_first:
-    torch.save({"grads": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "losses": losses},
-               sys.argv[2])
+    torch.save(found, sys.argv[2])
 processes.close()
 """
 
 
-def one_step(folder, name, *launcher):
-    """Losses and gradients of one step on the pairs so divided."""
+def one_step(folder, divisions, *launcher):
+    """Losses and gradients of one step for each way of dividing the pairs."""
     (folder / "one_step.py").write_text(ONE_STEP)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [sys.executable, *launcher, str(folder / "one_step.py"), name, str(folder / "result")],
+        [sys.executable, *launcher, str(folder / "one_step.py"), json.dumps(divisions), str(folder / "result")],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return torch.load(folder / "result")
 
 
-@pytest.fixture(scope="module")
-def joined(tmp_path_factory):
-    return one_step(tmp_path_factory.mktemp("joined"), "1")
-
-
-@pytest.mark.parametrize("division", ["equal", "passes", "idle", "idle beside passes"])
-def test_processes_give_the_gradients_of_the_joined_batch(tmp_path, joined, division):
+def test_processes_give_the_gradients_of_the_joined_batch(tmp_path):
     """In float64, however the pairs are divided, also if one process has none that can be used."""
-    two = one_step(tmp_path, division, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert two["losses"] == pytest.approx(joined["losses"], rel=1e-10)
-    assert joined["grads"].keys() == two["grads"].keys() and "global_head.log_temperature" in joined["grads"]
-    for name, grad in joined["grads"].items():
-        assert torch.allclose(two["grads"][name], grad, rtol=1e-8, atol=1e-12), name
+    joined = one_step(tmp_path, {"joined": [[[0, 1, 2, 3, 4, 5]]]})["joined"]
+    found = one_step(tmp_path, DIVISIONS, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert found.keys() == DIVISIONS.keys() and "global_head.log_temperature" in joined["grads"]
+    for division, two in found.items():
+        assert two["losses"] == pytest.approx(joined["losses"], rel=1e-10), division
+        assert joined["grads"].keys() == two["grads"].keys()
+        for name, grad in joined["grads"].items():
+            assert torch.allclose(two["grads"][name], grad, rtol=1e-8, atol=1e-12), (division, name)
 
 
 def test_the_command_chooses_the_memory(folder):
