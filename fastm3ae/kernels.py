@@ -20,7 +20,7 @@ __path__ = [str(_installed if _installed.is_dir() else _checkout)]
 from fastm3ae.kernels.gather_image_patches import gather_image_patches  # noqa: E402
 from fastm3ae.kernels.gather_patches import gather_patches, scatter_patches_  # noqa: E402
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
-from fastm3ae.kernels.masked_token_loss import IGNORED_LABEL as IGNORED  # noqa: E402
+from fastm3ae.kernels.masked_token_loss import IGNORED_LABEL as IGNORED_LABEL  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
 from fastm3ae.kernels.packed_attention import CUDA_HEAD_DIMS, packed_attention  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
@@ -48,5 +48,3 @@ CUDA_VERSION: str | None = _C.cuda_version
 """The version of the nvcc that compiled them."""
 PACKED_ATTENTION_HEAD_DIMS: tuple[int, ...] = CUDA_HEAD_DIMS
 """The widths of a head that packed_attention and topk_attention take on a GPU."""
-IGNORED_LABEL: int = IGNORED
-"""The label of a token that masked_token_loss passes over."""

@@ -43,7 +43,7 @@ def batches(model):
 def steps(model, is_recorded, pieces_of, record=run_again, say=lambda line: None, autocast=nullcontext):
     """The metrics of steps on batches, and the parameters afterwards."""
     torch.manual_seed(0)
-    recorded = PassGraphs(model, False, say, record) if is_recorded else None
+    recorded = PassGraphs(model, False, False, say, record) if is_recorded else None
     # A small eps would make much of gradients that are zero but for rounding.
     config = OptimConfig(learning_rate=0.1, eps=1.0, clip_grad_norm=1.0)
     step = OptimizerStep(
@@ -124,12 +124,9 @@ def test_replays_draw_new_dropout(dtype):
     torch.manual_seed(0)
     model = M3AE(dataclasses.replace(config, text=text, fusion=fusion)).cuda().train()
     batch = to_float32(batches(model)[0]).to("cuda")
-    recorded = PassGraphs(model, False, lambda line: None, record_graph)
+    recorded = PassGraphs(model, False, False, lambda line: None, record_graph)
     step = OptimizerStep(model, OptimConfig(), 10, Processes("cuda"), nullcontext, False, OPTIONS, recorded)
 
-    def run(piece, plan, shares):
-        with torch.autocast("cuda", dtype):
-            return step._run_planned(piece, plan, shares)
-
-    losses = [recorded(batch, [1.0] * 3, run)["mlm"]["loss"].item() for _ in range(8)]
+    step.autocast = lambda: torch.autocast("cuda", dtype)
+    losses = [recorded(batch, [1.0] * 3, step._run)["mlm"]["loss"].item() for _ in range(8)]
     assert len(set(losses)) > 4 and torch.tensor(losses).std() < 1

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
 from corpus import caption_rows
-from mpma_models import part_of, small_batch, small_config, small_model
+from mpma_models import small_batch, small_config, small_model
 from runs import TOKENIZER, TRAIN, write_corpus
 from safetensors.torch import load_file
 from test_distributed import torchrun
@@ -27,7 +24,6 @@ from fastm3ae.model.alignment import GlobalFeatures
 from fastm3ae.model.mpma import MPMA
 from fastm3ae.presets import preset
 from fastm3ae.pretrained import init_model, load_model, load_tower_weights, save_model
-from fastm3ae.training.contrast import passes
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.optim import parameter_groups
 from fastm3ae.training.resume import check_same_run
@@ -46,7 +42,6 @@ MODEL = {
     "num_topk_kept": 2,
 }
 LOSSES = ("image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment")
-OPTIONS = {"checkpoint_activations": False, "compiled": False}
 
 
 def command(folder, *arguments, output="run", model=None, **train):
@@ -163,66 +158,6 @@ def test_two_processes_equal_one(folder):
     assert two["image_to_report_recall_at_1"] == one["image_to_report_recall_at_1"]
 
 
-DIVISIONS = {
-    "equal": [[[0, 1, 2]], [[3, 4, 5]]],
-    "passes": [[[0], [1, 2]], [[3, 4, 5]]],
-    "idle": [[[0, 1, 2, 3, 4, 5]], []],
-    "idle beside passes": [[[0, 1, 2, 3], [4, 5]], []],
-}
-ONE_STEP = """
-import json
-import sys
-import torch
-from contextlib import nullcontext
-from mpma_models import part_of, small_batch, small_model
-from fastm3ae.config import OptimConfig
-from fastm3ae.training.distributed import Processes
-from fastm3ae.training.step import OptimizerStep
-
-processes, found = Processes("cpu"), {}
-for name, shares in json.loads(sys.argv[1]).items():
-    model = small_model(alignment={"learn_temperature": True})
-    step = OptimizerStep(model, OptimConfig(learning_rate=1e-3), 10, processes, nullcontext, False, {"compiled": False})
-    batch = small_batch(model.config)
-    mine = [part_of(batch, rows) for rows in shares[processes.rank]]
-    totals = processes.sum(step.count(mine))
-    step.optimizer.step = lambda *_, **__: None
-    step.optimizer.zero_grad = lambda *_, **__: None
-    if not mine:
-        step._spare = part_of(batch, [0, 1])
-    sums = step(mine, totals)
-    losses = {key: sum(processes.gather(float(sums[key][0]))) for key in sums if key.endswith("_loss")}
-    found[name] = {"grads": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "losses": losses}
-if processes.is_first:
-    torch.save(found, sys.argv[2])
-processes.close()
-"""
-
-
-def one_step(folder, divisions, *launcher):
-    """Losses and gradients of one step for each way of dividing the pairs."""
-    (folder / "one_step.py").write_text(ONE_STEP)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, *launcher, str(folder / "one_step.py"), json.dumps(divisions), str(folder / "result")],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return torch.load(folder / "result")
-
-
-def test_processes_give_the_gradients_of_the_joined_batch(tmp_path):
-    """In float64, however the pairs are divided, also if one process has none that can be used."""
-    joined = one_step(tmp_path, {"joined": [[[0, 1, 2, 3, 4, 5]]]})["joined"]
-    found = one_step(tmp_path, DIVISIONS, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert found.keys() == DIVISIONS.keys() and "global_head.log_temperature" in joined["grads"]
-    for division, two in found.items():
-        assert two["losses"] == pytest.approx(joined["losses"], rel=1e-10), division
-        assert joined["grads"].keys() == two["grads"].keys()
-        for name, grad in joined["grads"].items():
-            assert torch.allclose(two["grads"][name], grad, rtol=1e-8, atol=1e-12), (division, name)
-
-
 def test_the_command_chooses_the_memory(folder):
     assert run(folder, "--model.memory", "topk", output="topk", num_steps=1) == 0
     resolved = yaml.safe_load((folder / "topk" / "config.yaml").read_text())
@@ -248,32 +183,6 @@ def test_a_batch_masks_both_sides(folder):
     for batch in batches:
         assert (batch.mlm_labels_BT != -100).any(dim=1).all() and (batch.itm_labels_B == 1).all()
         assert batch.patch_noise_BN.shape == (8, 16) and len(batch.false_image_FCHW) == 0
-
-
-@pytest.mark.parametrize("dropout_frac", [0.0, 0.3])
-def test_each_pass_makes_the_features_that_the_others_were_given(dropout_frac):
-    model = small_model(dropout_frac=dropout_frac, alignment={"view": "full"})
-    batch = small_batch(model.config)
-    pieces = [part_of(batch, [0, 1, 2]), part_of(batch, [3]), part_of(batch, [4, 5])]
-    first = 0
-    for piece, of_pass in zip(
-        pieces, passes(model, pieces, False, Processes("cpu"), nullcontext, OPTIONS), strict=True
-    ):
-        with of_pass.dropout():
-            own = model(piece)["global_alignment"].stacked()
-        everything, start = of_pass.gather(own)
-        assert len(everything) == 6 and start == first
-        assert torch.equal(everything[start : start + len(piece)], own)
-        first += len(piece)
-    if dropout_frac:
-        assert not torch.equal(model(piece)["global_alignment"].stacked(), own)
-
-
-def test_several_passes_of_a_compiled_model_are_refused():
-    model = small_model(dropout_frac=0.1)
-    pieces = [part_of(small_batch(model.config), rows) for rows in ([0, 1, 2], [3, 4, 5])]
-    with pytest.raises(UserError, match="let train.micro_batch hold the whole batch of a process"):
-        passes(model, pieces, False, Processes("cpu"), nullcontext, OPTIONS | {"compiled": True})
 
 
 def test_a_checkpoint_is_the_model_again(folder, tmp_path):

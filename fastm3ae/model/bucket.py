@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.nn.functional as F
 
-from fastm3ae.data.batch import ImageTextBatch, PretrainBatch
+from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.plan import Read, Reads
 from fastm3ae.model.reads import OBJECTIVES
 
@@ -38,11 +38,11 @@ class Sizes:
     false_images: int
 
     @classmethod
-    def of(cls, reads: Mapping[str, Reads], batch: ImageTextBatch) -> "Sizes":
+    def of(cls, reads: Mapping[str, Reads], batch: PretrainBatch) -> "Sizes":
         """Returns what a batch has, whose objectives read so much."""
         tokens = {name: int(read.texts.num_tokens_N.sum()) for name, read in reads.items()}
         rows = {name: sum(map(len, reads[name].text.positions)) for name in reads if OBJECTIVES[name].fill is not None}
-        return cls(tokens, rows, len(getattr(batch, "false_image_FCHW", ())))
+        return cls(tokens, rows, len(batch.false_image_FCHW))
 
     def describe(self) -> str:
         """Returns the sizes in words."""
@@ -97,17 +97,11 @@ def num_filling(room: int, max_tokens: int) -> int:
     return -(-room // max_tokens)
 
 
-def fill_batch(batch: ImageTextBatch, bucket: Sizes) -> ImageTextBatch:
+def fill_batch(batch: PretrainBatch, bucket: Sizes) -> PretrainBatch:
     """Returns the batch, for packed passes, with what the bucket has room for of what does not stand in the plan."""
-    if isinstance(batch, PretrainBatch):  # what differs in size and is not read, unless an objective fills it
-        unread = {"masked_index_M": batch.masked_index_M[:0]}
-        if "mlm" not in bucket.rows:
-            unread["masked_labels_M"] = batch.masked_labels_M[:0]
-        batch = dataclasses.replace(batch, **unread)
-    for name, num_rows in bucket.rows.items():
-        batch = OBJECTIVES[name].fill(batch, num_rows)
-    if not hasattr(batch, "false_image_FCHW"):
-        return batch
+    for name, objective in OBJECTIVES.items():
+        if objective.fill is not None:
+            batch = objective.fill(batch, bucket.rows.get(name, 0))
     free = bucket.false_images - len(batch.false_image_FCHW)
     return dataclasses.replace(batch, false_image_FCHW=F.pad(batch.false_image_FCHW, (0, 0) * 3 + (0, free)))
 

@@ -246,9 +246,9 @@ class MPMAPlan:
         self._num_words = Index(num_words_B)
 
     def send(self, device: torch.device) -> None:
-        """Copies what the device needs."""
-        self.towers.send(device)
-        send([*self.fusion.indices(), self.first_rows, self._words, self._num_words], device)
+        """Copies what the device needs at once."""
+        indices = [*self.towers.indices(), *self.fusion.indices(), self.first_rows, self._words, self._num_words]
+        send(indices, device)
 
     def words_of(self, x_SX: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of the words that are aligned, (B, W, ...), and where there is none, (B, W)."""

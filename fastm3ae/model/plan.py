@@ -164,8 +164,12 @@ class Plan:
 
     def send(self, device: torch.device, into: Tensor | None = None) -> Tensor:
         """Copies what the device needs at once, and returns it; ``into`` what an earlier plan of this shape gave."""
+        return send(self.indices(), device, into)
+
+    def indices(self) -> list[Index]:
+        """Returns what has to be sent to the device."""
         indices = [self.text_rows, *(layout.ends for layout in self._layouts()), *(rows.index for rows in self._rows())]
-        return send([index for index in indices if index is not None], device, into)
+        return [index for index in indices if index is not None]
 
     @property
     def shape(self) -> Hashable:

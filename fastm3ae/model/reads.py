@@ -35,7 +35,7 @@ class Objective:
         head: Makes its outputs of the model, the rows that it reads (under "text" and "image"), the batch and the order
             of the patches.
         fill: If the number of rows that it reads of the text differs from batch to batch: makes a batch whose head
-            passes over further rows, up to this number.
+            passes over further rows, up to this number; 0: a batch of which it reads none.
     """
 
     reads: Callable[[Any, M3AEConfig], Reads]
@@ -65,8 +65,10 @@ def _mlm_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, ord
 
 
 def _fill_mlm(batch: PretrainBatch, num_rows: int) -> PretrainBatch:
-    labels_M = F.pad(batch.masked_labels_M, (0, num_rows - len(batch.masked_labels_M)), value=IGNORED_LABEL)
-    return dataclasses.replace(batch, masked_labels_M=labels_M)
+    own_M = batch.masked_labels_M[:num_rows]
+    labels_M = F.pad(own_M, (0, num_rows - len(own_M)), value=IGNORED_LABEL)
+    # Where the tokens stand only the passes one after another read.
+    return dataclasses.replace(batch, masked_labels_M=labels_M, masked_index_M=batch.masked_index_M[:0])
 
 
 def _mim_reads(batch: PretrainBatch, config: M3AEConfig) -> Reads:

@@ -9,6 +9,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.bucket import Sizes, fill_batch
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.model.packed_step import batch_reads, plan_batch
+from fastm3ae.model.packed import maybe_compiled
+from fastm3ae.model.packed_step import batch_reads, compute, plan_batch
 from fastm3ae.model.plan import Plan
 
 __all__ = ["PassGraphs", "Recorder", "Results", "record_graph"]
@@ -28,9 +30,9 @@ NUM_WARM_UP = 3
 Results = dict[str, dict[str, Tensor]]
 """By objective, its mean loss and the sums of its metrics."""
 
-RunPass = Callable[[PretrainBatch, Plan, Tensor], Results]
-"""Makes a pass over a batch by a plan on the device, and adds the gradient of the sum of the objectives' losses, each
-times its share."""
+RunPass = Callable[[Callable[[], dict[str, Any]], PretrainBatch, Tensor], Results]
+"""Makes a pass of the model's forward pass over a batch, and adds the gradient of the sum of the objectives' losses,
+each times its share."""
 
 Recorder = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]
 """Records what a function does on the device, which must change nothing but gradients; returns what does it again, and
@@ -43,12 +45,16 @@ class PassGraphs:
     Args:
         model: The model, on its GPU.
         share_texts: As of ``fastm3ae.model.packed_step.run_packed``.
+        compiled: Likewise.
         say: Takes a line for the log.
         record: Records a pass.
     """
 
-    def __init__(self, model: M3AE, share_texts: bool, say: Callable[[str], None], record: Recorder) -> None:
+    def __init__(
+        self, model: M3AE, share_texts: bool, compiled: bool, say: Callable[[str], None], record: Recorder
+    ) -> None:
         self.model, self.share_texts, self.say, self.record = model, share_texts, say, record
+        self._compute = maybe_compiled(compute, compiled)
         self._buckets: dict[tuple[int, ...], Sizes] = {}
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
 
@@ -68,7 +74,9 @@ class PassGraphs:
             while len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
             own = dataclasses.replace(batch, **{name: x.clone() for name, x in _tensors(batch).items()})
-            self._recorded[shape] = _Recorded(own, plan_for(own), len(shares), run, self.record)
+            plan_of_own = plan_for(own)
+            forward = partial(self._compute, self.model, own, plan_of_own)
+            self._recorded[shape] = _Recorded(own, plan_of_own, len(shares), partial(run, forward), self.record)
         self._recorded.move_to_end(shape)
         return self._recorded[shape](batch, plan, shares)
 
@@ -91,16 +99,23 @@ class _Recorded:
         batch: What it reads, in tensors of its own.
         plan: The plan for that.
         num_shares: How many losses there are.
-        run: The pass.
+        run: The pass, of the batch and the shares.
         record: Records it.
     """
 
-    def __init__(self, batch: PretrainBatch, plan: Plan, num_shares: int, run: RunPass, record: Recorder) -> None:
+    def __init__(
+        self,
+        batch: PretrainBatch,
+        plan: Plan,
+        num_shares: int,
+        run: Callable[[PretrainBatch, Tensor], Results],
+        record: Recorder,
+    ) -> None:
         self.batch, self.device = batch, batch.image_BCHW.device
         self.indices = plan.send(self.device)
         # While the pass is recorded no loss counts, so that the gradients stay what they are.
         self.shares = torch.zeros(num_shares, device=self.device, dtype=torch.float64)
-        self.replay, self.results = record(partial(run, self.batch, plan, self.shares))
+        self.replay, self.results = record(partial(run, self.batch, self.shares))
 
     def __call__(self, batch: PretrainBatch, plan: Plan, shares: Sequence[float]) -> Results:
         own = _tensors(self.batch)

@@ -65,7 +65,9 @@ def build_step(config: PretrainConfig, model: Model, num_steps: int, processes: 
     train, device = config.train, processes.device
     is_fp16 = compute_dtype(train, device) == torch.float16
     autocast = autocast_context(train, device)
-    graphs = PassGraphs(model, train.share_texts, tqdm.write, record_graph) if train.cuda_graphs else None
+    graphs = (
+        PassGraphs(model, train.share_texts, train.compiled, tqdm.write, record_graph) if train.cuda_graphs else None
+    )
     return OptimizerStep(model, config.optim, num_steps, processes, autocast, is_fp16, config.step_options(), graphs)
 
 

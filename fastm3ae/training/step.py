@@ -13,15 +13,14 @@ from fastm3ae.config import OptimConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.model.packed import maybe_compiled
-from fastm3ae.model.packed_step import compute
-from fastm3ae.model.plan import Plan
 from fastm3ae.training.contrast import Pass, passes
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.graphs import PassGraphs, Results
 from fastm3ae.training.optim import build_optimizer, build_schedule, parameter_groups
 
 __all__ = ["OptimizerStep"]
+
+ALONE = Pass()
 
 
 class OptimizerStep:
@@ -93,9 +92,9 @@ class OptimizerStep:
             ]
             with self._in_step(number == len(pieces)):
                 if self.graphs is None:
-                    results = self._run(partial(self.parallel, piece, **self.options), piece, of_pass, shares)
+                    results = self._run(partial(self.parallel, piece, **self.options), piece, shares, of_pass)
                 else:
-                    results = self.graphs(piece, shares, self._run_planned)
+                    results = self.graphs(piece, shares, self._run)
             for (name, values), count in zip(results.items(), counts, strict=True):
                 for metric, value in values.items():
                     before, count_before = sums.get(f"{name}_{metric}", (0, 0))
@@ -114,8 +113,8 @@ class OptimizerStep:
         self,
         forward: Callable[[], dict[str, Any]],
         piece: PretrainBatch,
-        of_pass: Pass,
         shares: Sequence[float] | Tensor,
+        of_pass: Pass = ALONE,
     ) -> Results:
         """Makes a pass over a piece and adds the gradient of the sum of its losses, each times its share."""
         with self.autocast(), of_pass.dropout():
@@ -124,13 +123,9 @@ class OptimizerStep:
         self.scaler.scale(torch.stack(losses).sum()).backward()
         return {name: {"loss": loss.mean.detach(), **loss.sums} for name, loss in results.items()}
 
-    def _run_planned(self, piece: PretrainBatch, plan: Plan, shares: Tensor) -> Results:
-        forward = partial(maybe_compiled(compute, self.options["compiled"]), self.model, piece, plan)
-        return self._run(forward, piece, Pass(), shares)
-
     def _passes(self, pieces: Sequence[PretrainBatch], is_idle: bool) -> list[Pass]:
         if "global_alignment" not in self.model.config.objectives:
-            return [Pass()] * len(pieces)
+            return [ALONE] * len(pieces)
         return passes(self.model, pieces, is_idle, self.processes, self.autocast, self.options)
 
     def _in_step(self, is_last: bool) -> AbstractContextManager:
