@@ -26,6 +26,8 @@ __all__ = [
     "PRETRAINING_OBJECTIVES",
     "AlignmentConfig",
     "DataConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
     "FusionConfig",
     "ImageReconstructionConfig",
     "LossWeightsConfig",
@@ -36,6 +38,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PretrainConfig",
+    "RunConfig",
+    "TaskConfig",
     "TextConfig",
     "TrainConfig",
     "VisionConfig",
@@ -188,12 +192,14 @@ class TrainConfig:
     """How often a checkpoint is written; always at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept, beside the one that validated best."""
+    patience: int | None = None
+    """Stop early after so many validations in a row of which none was the best so far; None: never."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
 
     def __post_init__(self) -> None:
         counts = ("num_steps", "num_epochs", "batch_size", "micro_batch", "log_every_steps", "validate_every_steps",
-                  "max_val_batches", "save_every_steps", "keep_checkpoints")  # fmt: skip
+                  "max_val_batches", "save_every_steps", "keep_checkpoints", "patience")  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -215,10 +221,10 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """One pre-training run."""
+class RunConfig:
+    """What pre-training and fine-tuning have in common."""
 
-    output: str = "runs/pretrain"
+    output: str = "runs/run"
     """The run folder; it must be new or empty, unless the run resumes."""
     resume: str | None = None
     """A checkpoint of a run to go on with, exactly; "auto": the newest whole one in ``output``, if there is one."""
@@ -230,24 +236,19 @@ class PretrainConfig:
     """Seed of the initial weights, the order of the data, every mask and dropout."""
     model: ModelConfig = field(default_factory=M3AEConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}.")
-        if "global_alignment" in self.model.objectives and self.train.batch_size == 1:
+        if self.model.kind != "m3ae" and self.train.step != "packed":
             raise UserError(
-                "train.batch_size is 1, but global_alignment tells a pair from the batch's others: take at least 2, or "
-                "leave it out of model.objectives."
+                f"train.step must be packed for {self.model.kind}, which has no original's step, got {self.train.step}."
             )
-        if self.model.kind == "mpma" and self.train.step != "packed":
-            raise UserError(f"train.step must be packed for MPMA, which has no original's step, got {self.train.step}.")
-        if self.model.kind == "mpma" and self.train.share_texts:
-            raise UserError("train.share_texts is not for MPMA, whose objectives share their texts anyway.")
-        if self.model.kind == "mpma" and self.train.cuda_graphs:
-            raise UserError("train.cuda_graphs is for M3AE; MPMA has train.compiled.")
+        for name in ("share_texts", "cuda_graphs"):
+            if self.model.kind != "m3ae" and getattr(self.train, name):
+                raise UserError(f"train.{name} is an option of M3AE only.")
 
     def step_options(self) -> dict[str, Any]:
         """Returns what the model's forward pass is told."""
@@ -255,3 +256,106 @@ class PretrainConfig:
             return {"step": "original"}
         names = ["checkpoint_activations", "compiled"] + (["share_texts"] if self.model.kind == "m3ae" else [])
         return {name: getattr(self.train, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """One pre-training run."""
+
+    output: str = "runs/pretrain"
+    """The run folder; it must be new or empty, unless the run resumes."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "global_alignment" in self.model.objectives and self.train.batch_size == 1:
+            raise UserError(
+                "train.batch_size is 1, but global_alignment tells a pair from the batch's others: take at least 2, or "
+                "leave it out of model.objectives."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What a model is fine-tuned for, and on which part of the data."""
+
+    kind: Literal["vqa", "classification", "retrieval"] = "vqa"
+    """vqa: choose the answer to a question about an image. classification: of an image with its text. retrieval: find
+    the text to an image and the image to a text."""
+    label_column: str = "p_meth_label"
+    """Classification: the column of the classes."""
+    num_false_texts: int = 15
+    """Retrieval: how many drawn texts an image's own is told from, in training."""
+    num_recall_images: int | None = 200
+    """Retrieval: over how many images recall is measured at each validation; None: all. Testing takes all."""
+    train_frac: float = 1.0
+    """Train on this fraction of the training images, drawn by the seed."""
+    freeze_towers: bool = False
+    """Leave the weights of both towers as they are."""
+    test: bool = True
+    """Evaluate the weights that validated best on the test split at the end, where there is its file."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_frac <= 1:
+            raise UserError(f"task.train_frac must be above 0 and at most 1, got {self.train_frac}.")
+        for name in ("num_false_texts", "num_recall_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"task.{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """One fine-tuning run. Model and tokenizer are those of the checkpoint that it starts from."""
+
+    output: str = "runs/finetune"
+    """The run folder; it must be new or empty, unless the run resumes."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.cuda_graphs:
+            raise UserError("train.cuda_graphs is for pre-training; fine-tuning has train.compiled.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How well a checkpoint does its task on a split."""
+
+    task: Literal["auto", "retrieval"] = "auto"
+    """auto: what the checkpoint was fine-tuned for. retrieval: of one that was only pre-trained, by its image-text
+    matching (M3AE) or its global alignment (MPMA)."""
+    split: str = "test"
+    """Which files are read: {dataset}_{split}.arrow."""
+    root: str | None = None
+    """Folder of the data files; None: where they were in training."""
+    datasets: tuple[str, ...] | None = None
+    """Names of the data sets; None: those of the training."""
+    tokenizer: str | None = None
+    """Hub name or local folder; None: the one in the checkpoint's folder, or else that of the training."""
+    image_size_px: int | None = None
+    """Height and width of the images; None: as in training. Position embeddings are resized."""
+    max_text_tokens: int | None = None
+    """Texts are cut to this many tokens; None: as in training."""
+    output: str = "evaluation"
+    """Folder of the results; files of an earlier evaluation are replaced."""
+    max_images: int | None = None
+    """Retrieval: among the first so many images and their texts; None: all."""
+    num_resamples: int = 1000
+    """Resamples of the bootstrap that gives the intervals."""
+    batch_size: int = 32
+    """Items per pass."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast type on a GPU; a CPU always computes in fp32."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    num_workers: int = 4
+    """Processes that decode images and tokenize texts, at most the machine's cores; 0: none."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop with its file and row, or skip the item and say so."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_resamples", "batch_size", "max_images", "image_size_px"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, RobertaModel
 
-from fastm3ae.config import ModelConfig, PretrainConfig, TextConfig
+from fastm3ae.config import ModelConfig, RunConfig, TextConfig
 from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
 from fastm3ae.errors import UserError
@@ -28,9 +28,11 @@ __all__ = [
     "LoadReport",
     "convert_checkpoint",
     "describe_weights",
+    "has_tokenizer",
     "init_model",
     "load_model",
     "load_tower_weights",
+    "read_about",
     "read_weights",
     "resolve_text",
     "save_model",
@@ -175,15 +177,33 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _config_of(metadata: Mapping[str, str], path: Path) -> ModelConfig:
+    if "fastm3ae_config" not in metadata:
+        raise UserError(f"{path} is not a fastm3ae checkpoint: its header holds no configuration.")
+    return from_dict(RunConfig(), {"model": json.loads(metadata["fastm3ae_config"])}).model
+
+
 def save_model(model: Model, folder: Path) -> None:
     """Writes weights and configuration to ``folder``/model.safetensors."""
     save_weights(model.state_dict(), model.config, folder)
 
 
-def save_weights(state: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Writes a model's state dict and configuration to ``folder``/model.safetensors."""
+def save_weights(
+    state: Mapping[str, Tensor], config: ModelConfig, folder: Path, about: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model's state dict, its configuration and what else is to be said of it to folder/model.safetensors."""
     tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
     metadata = {"format": "pt", "fastm3ae_config": json.dumps(to_dict(config))}
+    if about:
+        metadata["fastm3ae_about"] = json.dumps(about)
     save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
 
 
@@ -210,9 +230,25 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
             raise UserError(f"{path} is not a checkpoint of the original M3AE: it lacks {error}.") from error
         return official.state, config
     state, metadata = _read_safetensors(path)
-    if "fastm3ae_config" not in metadata:
-        raise UserError(f"{path} is not a fastm3ae checkpoint: its header holds no configuration.")
-    return state, from_dict(PretrainConfig(), {"model": json.loads(metadata["fastm3ae_config"])}).model
+    return state, _config_of(metadata, path)
+
+
+def read_about(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
+    """Returns a checkpoint's model configuration, and what else its run said of it: nothing for an official one.
+
+    Raises:
+        UserError: There is no such checkpoint, or it can't be read.
+    """
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        return read_weights(path)[1], {}
+    metadata = _read_metadata(file)
+    return _config_of(metadata, file), json.loads(metadata.get("fastm3ae_about", "{}"))
+
+
+def has_tokenizer(checkpoint: Path) -> bool:
+    """Returns whether a checkpoint's folder holds its tokenizer."""
+    return (checkpoint / "tokenizer_config.json").is_file()
 
 
 def load_model(path: Path) -> Model:

@@ -99,7 +99,7 @@ def test_what_excludes_cuda_graphs():
     with pytest.raises(UserError, match="train.cuda_graphs and train.checkpoint_activations exclude each other"):
         TrainConfig(cuda_graphs=True, checkpoint_activations=True)
     config = preset("mpma-demo")
-    with pytest.raises(UserError, match="train.cuda_graphs is for M3AE"):
+    with pytest.raises(UserError, match="train.cuda_graphs is an option of M3AE only"):
         dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=True))
 
 

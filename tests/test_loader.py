@@ -166,7 +166,7 @@ def test_no_good_pair_at_all(tmp_path):
 
 
 def test_fewer_pairs_than_a_batch(corpus):
-    with pytest.raises(UserError, match="A batch needs 34 pairs, but the training split has only 33"):
+    with pytest.raises(UserError, match="A batch needs 34 pairs, but there are only 33"):
         train_loader(corpus, batch_size=34)
     assert len(train_loader(corpus, batch_size=34, is_training=False)) == 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from fastm3ae import objectives
 from fastm3ae.config import DataConfig, PretrainConfig
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.training.memory import fit_micro_batch, largest_that_fits, longest_batch
+from fastm3ae.training.memory import fit_micro_batch, largest_that_fits
+from fastm3ae.training.pretrain import longest_batch
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,9 @@ def test_the_longest_batch_is_one_that_the_model_takes(names):
 def test_a_cpu_takes_32():
     model = M3AE(small_config())
     config = PretrainConfig(model=model.config)
-    assert [fit_micro_batch(model, config, most, nullcontext) for most in (256, 32, 5)] == [32, 32, 5]
+    assert [
+        fit_micro_batch(model, config, most, nullcontext, partial(longest_batch, config)) for most in (256, 32, 5)
+    ] == [32, 32, 5]
 
 
 @pytest.mark.gpu
@@ -68,14 +72,14 @@ def test_a_gpu_takes_what_fits():
     config = PretrainConfig(model=model.config, data=DataConfig(max_text_tokens=32))
     state = torch.cuda.get_rng_state()
     most = 64
-    assert fit_micro_batch(model, config, most, nullcontext) == most
+    assert fit_micro_batch(model, config, most, nullcontext, partial(longest_batch, config)) == most
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    fit_micro_batch(model, config, most, nullcontext)
+    fit_micro_batch(model, config, most, nullcontext, partial(longest_batch, config))
     needed, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(needed * 0.75 / total)
     try:
-        assert 1 <= fit_micro_batch(model, config, most, nullcontext) < most
+        assert 1 <= fit_micro_batch(model, config, most, nullcontext, partial(longest_batch, config)) < most
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert all(parameter.grad is None for parameter in model.parameters())

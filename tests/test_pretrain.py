@@ -20,7 +20,7 @@ from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.errors import UserError
 from fastm3ae.presets import preset
-from fastm3ae.training.pretrain import check_device
+from fastm3ae.training.run import check_device
 
 
 @pytest.fixture

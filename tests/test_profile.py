@@ -23,7 +23,8 @@ from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training import profile as profiling
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.loop import batch_mover
-from fastm3ae.training.pretrain import build_loader, resolve_and_build, with_micro_batch
+from fastm3ae.training.pretrain import PRETRAINING
+from fastm3ae.training.run import build_loader, resolve_and_build, with_micro_batch
 
 CPU = torch.device("cpu")
 PHASES = ["waiting for data", "copy, normalisation", "forward", "backward", "optimiser"]
@@ -53,8 +54,8 @@ def make_steps(folder, num_steps=1, **changes):
     config = from_dict(PretrainConfig(), yaml.safe_load(write_config(folder, **changes).read_text()))
     processes = Processes("cpu")
     config, tokenizer, model = resolve_and_build(config, processes)
-    config = with_micro_batch(config, model, processes)
-    loader = build_loader(config, tokenizer, "train", processes)
+    config = with_micro_batch(config, model, PRETRAINING, processes)
+    loader = build_loader(config, tokenizer, PRETRAINING, "train", processes)
     bar = tqdm(total=num_steps, disable=True)
     return profiling.Steps(config, model, loader, processes, bar), config, model
 

@@ -1,5 +1,6 @@
 """A run that stops goes on as if it never had: bit for bit on the CPU."""
 
+import dataclasses
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
-from fastm3ae.training import loop
+from fastm3ae.training import pretrain
 from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
 from fastm3ae.training.loop import Trainer
 from fastm3ae.training.run_folder import RunFolder
@@ -117,17 +118,17 @@ def test_signals_save_first(folder, monkeypatch, capsys, number, batch, status):
 @pytest.mark.parametrize(("number", "step"), [(1, 5), (3, 11)])
 def test_a_signal_in_validation(folder, monkeypatch, number, step):
     """The validation is left, the step saved, and validated when the run goes on; it stands once in the metrics."""
-    output, validate = f"in_validation_{number}", loop.validate
+    output, job = f"in_validation_{number}", pretrain.PRETRAINING
     count = [0]
 
     def validate_and_stop(*arguments):
         count[0] += 1
         if count[0] == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*arguments)
+        return job.validate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate", validate_and_stop)
+        patch.setattr(pretrain, "PRETRAINING", dataclasses.replace(job, validate=validate_and_stop))
         assert run(folder, output=output, train=TRAIN) == 143
     assert step not in [step for step, split, *_ in losses(folder / output) if split == "val"]
     assert checkpoints(folder / output / "checkpoints")[-1][0] == step

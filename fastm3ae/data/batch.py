@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ class ImageTextBatch:
         texts: The B texts as they stand in the file.
         item_ids: The B image ids.
         bad_samples: What was left out of this batch; its rows are not among the B pairs.
+        pairs: The B pairs' numbers in the data set; none where a batch is made of something else.
         num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
 
     Raises:
@@ -41,6 +42,7 @@ class ImageTextBatch:
     texts: list[str]
     item_ids: list[str]
     bad_samples: list[BadSample]
+    pairs: list[int] = field(default_factory=list)
     num_tokens_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:

@@ -145,6 +145,7 @@ class Batches(ABC):
             "texts": [sample.text for sample in samples],
             "item_ids": [self.dataset.image_id(sample.pair) for sample in samples],
             "bad_samples": bad_samples,
+            "pairs": [sample.pair for sample in samples],
         }
 
     def _pad_texts(self, encodings: Sequence[Encoding], num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What an arrow file's rows mean: items are pairs of an image and one of its texts, in the files' order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +92,10 @@ class PairDataset:
         file = np.searchsorted(self._first_pair_of_file, pair, side="right") - 1
         return range(self._first_pair_of_file[file], self._first_pair_of_file[file + 1])
 
+    def _names_of(self, column: str) -> dict[str, list[str]]:
+        classes = {name: facts.get("classes", {}) for name, facts in self.table.facts().items()}
+        return {name: of_file[column] for name, of_file in classes.items() if column in of_file}
+
     def _per_pair(self, column: str) -> list[Any]:
         """Returns the values of a column that has a list of one value per text for each image, joined.
 
@@ -122,6 +126,7 @@ class VqaDataset(PairDataset):
 
     Args:
         files: Arrow files, one per data set.
+        alpha: As of ``PairDataset``.
 
     Raises:
         UserError: As ``PairDataset``, or a question has not one score for each answer.
@@ -129,7 +134,7 @@ class VqaDataset(PairDataset):
     Source: The original's datasets/vqa_vqa_rad_dataset.py.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], alpha: Literal["composite", "official"] = "composite") -> None:
         columns = {
             "question_id": "list<int>",
             "answers": "list<list<string>>",
@@ -137,7 +142,7 @@ class VqaDataset(PairDataset):
             "answer_scores": "list<list<float>>",
             "answer_type": "list<int>",
         }
-        super().__init__(files, "questions", columns)
+        super().__init__(files, "questions", columns, alpha)
         self.question_ids: list[int] = self._per_pair("question_id")
         self.answers: list[list[str]] = self._per_pair("answers")
         self.answer_ids: list[list[int]] = self._per_pair("answer_labels")
@@ -151,6 +156,16 @@ class VqaDataset(PairDataset):
                 )
         self.is_open = [answer_type == 1 for answer_type in self._per_pair("answer_type")]
 
+    def label_names(self) -> dict[str, list[str]]:
+        """Returns for each file that says it, by name, which answers the labels 0, 1, ... stand for."""
+        return self._names_of("answer_labels")
+
+    def label_words(self) -> Iterator[tuple[int, str]]:
+        """Yields labels with the answers that stand beside them."""
+        for ids, answers in zip(self.answer_ids, self.answers, strict=True):
+            if len(ids) == len(answers):
+                yield from zip(ids, answers, strict=True)
+
 
 class ClassificationDataset(PairDataset):
     """Pairs with a class each.
@@ -161,10 +176,22 @@ class ClassificationDataset(PairDataset):
     Args:
         files: Arrow files, one per data set.
         label_column: The classes of an image's texts, for example "i_meth_label".
+        alpha: As of ``PairDataset``.
 
     Source: The original's datasets/cls_melinda_dataset.py.
     """
 
-    def __init__(self, files: Sequence[Path], label_column: str) -> None:
-        super().__init__(files, extra_columns={label_column: "list<int>"})
+    def __init__(
+        self, files: Sequence[Path], label_column: str, alpha: Literal["composite", "official"] = "composite"
+    ) -> None:
+        super().__init__(files, extra_columns={label_column: "list<int>"}, alpha=alpha)
+        self.label_column = label_column
         self.labels: list[int] = self._per_pair(label_column)
+
+    def label_names(self) -> dict[str, list[str]]:
+        """Returns for each file that says it, by name, what the labels 0, 1, ... stand for."""
+        return self._names_of(self.label_column)
+
+    def label_words(self) -> Iterator[tuple[int, None]]:
+        """Yields the labels; no word stands beside them."""
+        yield from ((label, None) for label in self.labels)

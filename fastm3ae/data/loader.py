@@ -1,16 +1,17 @@
 """The order of the pairs, their division among processes, the worker processes, and what happens to bad samples."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import PretrainConfig
+from fastm3ae.config import PretrainConfig, RunConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.data.collate import OF_EPOCH, Batches, BatchRequest, PretrainBatches, keyed_rng
@@ -18,7 +19,7 @@ from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.errors import BadSample, UserError
 
-__all__ = ["Loader", "Place", "pretrain_loader"]
+__all__ = ["Loader", "Place", "make_loader", "pretrain_loader", "transform_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class Loader:
     same: the files' order, all pairs, the same draws.
 
     Attributes:
+        num_pairs: Pairs of an epoch, those of an incomplete last batch included.
         bad_samples: What was left out since the current epoch was entered.
 
     Args:
@@ -76,6 +78,7 @@ class Loader:
         seed: Seed of the order.
         num_workers: Worker processes; 0: none. Never changes the batches.
         on_bad_sample: stop: raise the first bad sample. skip: leave it out and note it in ``bad_samples``.
+        pairs: Which of the data set's pairs are visited, rising; None: all.
         pin_memory: Whether the batches' tensors are put into page-locked memory.
 
     Raises:
@@ -92,17 +95,20 @@ class Loader:
         seed: int = 0,
         num_workers: int = 0,
         on_bad_sample: Literal["stop", "skip"] = "stop",
+        pairs: np.ndarray | None = None,
         pin_memory: bool = False,
     ) -> None:
         self.dataset = batches.dataset
-        if is_training and len(self.dataset) < batch_size:
-            raise UserError(f"A batch needs {batch_size} pairs, but the training split has only {len(self.dataset)}.")
+        pairs = np.arange(len(self.dataset)) if pairs is None else pairs
+        self.num_pairs = len(pairs)
+        if is_training and self.num_pairs < batch_size:
+            raise UserError(f"A batch needs {batch_size} pairs, but there are only {self.num_pairs} to train on.")
         if is_training and batch_size < place.num_ranks:
             raise UserError(f"{place.num_ranks} processes cannot share a batch of {batch_size} pairs.")
         self.on_bad_sample = on_bad_sample
         self.bad_samples: list[BadSample] = []
         self._epoch, self._num_given = 0, 0
-        self._order = _Order(len(self.dataset), batch_size, is_training, place, seed)
+        self._order = _Order(pairs, batch_size, is_training, place, seed)
         self._loader = DataLoader(
             batches,
             sampler=self._order,
@@ -164,20 +170,20 @@ class Loader:
 class _Order:
     """The requests of the epoch that was set last, from the batch that was set last."""
 
-    def __init__(self, num_pairs: int, batch_size: int, is_training: bool, place: Place, seed: int) -> None:
-        self.num_pairs, self.batch_size, self.is_training = num_pairs, batch_size, is_training
+    def __init__(self, pairs: np.ndarray, batch_size: int, is_training: bool, place: Place, seed: int) -> None:
+        self.pairs, self.batch_size, self.is_training = pairs, batch_size, is_training
         self.place, self.seed = place, seed
-        self.num_batches = num_pairs // batch_size if is_training else -(-num_pairs // batch_size)
+        self.num_batches = len(pairs) // batch_size if is_training else -(-len(pairs) // batch_size)
         self.epoch, self.first_batch = 0, 0
 
     def parts(self, batch: int) -> list[slice]:
         """Returns the pieces of a batch that this process works on."""
-        num_pairs = min(self.batch_size, self.num_pairs - batch * self.batch_size)
+        num_pairs = min(self.batch_size, len(self.pairs) - batch * self.batch_size)
         return self.place.pieces(num_pairs, self.is_training)
 
     def __iter__(self) -> Iterator[BatchRequest]:
         epoch = self.epoch if self.is_training else 0
-        pairs = np.arange(self.num_pairs)
+        pairs = self.pairs
         if self.is_training:
             pairs = keyed_rng(self.seed, epoch, OF_EPOCH, 0).permutation(pairs)
         for batch in range(self.first_batch, self.num_batches):
@@ -189,6 +195,44 @@ class _Order:
 def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the trainer still needs this one to end in peace."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(
+    config: RunConfig,
+    batches: Batches,
+    is_training: bool,
+    *,
+    place: Place = WHOLE,
+    num_workers: int = 0,
+    pairs: np.ndarray | None = None,
+) -> Loader:
+    """Returns the loader of a run's batches.
+
+    Args:
+        config: The run.
+        batches: Makes the batches.
+        is_training: Whether each epoch is a permutation, in whole batches.
+        place: Which part of each batch this process works on.
+        num_workers: Worker processes of this process.
+        pairs: Which of the data set's pairs are visited; None: all.
+    """
+    return Loader(
+        batches,
+        batch_size=config.train.batch_size,
+        is_training=is_training,
+        place=place,
+        seed=config.seed,
+        num_workers=num_workers,
+        on_bad_sample=config.data.on_bad_sample,
+        pairs=pairs,
+        pin_memory=torch.cuda.is_available() and config.train.device != "cpu",
+    )
+
+
+def transform_of(config: RunConfig, is_training: bool) -> Callable[[Image.Image], torch.Tensor]:
+    """Returns what makes the model's squares of images; those of training may be augmented."""
+    name = config.data.train_transform if is_training else config.data.val_transform
+    return make_transform(name, config.model.image_size_px)
 
 
 def pretrain_loader(
@@ -211,25 +255,15 @@ def pretrain_loader(
     Raises:
         UserError: A file is missing or cannot be read, the split is empty, or smaller than a training batch.
     """
-    data, train, model = config.data, config.train, config.model
-    is_training = split == "train"
+    data, model = config.data, config.model
     batches = PretrainBatches(
         PairDataset(dataset_files(data.root, data.datasets, split), alpha=data.alpha),
         tokenizer,
-        make_transform(data.train_transform if is_training else data.val_transform, model.image_size_px),
+        transform_of(config, split == "train"),
         max_text_tokens=data.max_text_tokens,
         masking=config.masking,
         num_patches=model.num_noise_patches,
         false_images=data.itm_negatives if model.draws_false_images else None,
         seed=config.seed,
     )
-    return Loader(
-        batches,
-        batch_size=train.batch_size,
-        is_training=is_training,
-        place=place,
-        seed=config.seed,
-        num_workers=num_workers,
-        on_bad_sample=data.on_bad_sample,
-        pin_memory=torch.cuda.is_available() and train.device != "cpu",
-    )
+    return make_loader(config, batches, split == "train", place=place, num_workers=num_workers)

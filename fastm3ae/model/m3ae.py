@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastm3ae.config import M3AEConfig, Step
 from fastm3ae.data.batch import ImageTextBatch, PretrainBatch, RetrievalBatch
 from fastm3ae.masking import hidden_patches, split_patches
+from fastm3ae.model.freezing import Freezable
 from fastm3ae.model.fusion import CoAttentionFusion
 from fastm3ae.model.heads import AnswerHead, MIMDecoder, MIMOutputs, MLMHead, MLMOutputs, Pooler, init_weights
 from fastm3ae.model.packed_step import run_packed
@@ -22,7 +23,7 @@ from fastm3ae.model.vision import build_vision, encode_pixels
 __all__ = ["M3AE"]
 
 
-class M3AE(nn.Module):
+class M3AE(Freezable):
     """Vision tower, language tower, projections, co-attention fusion, poolers, and a head for each objective.
 
     Images are normalised pixels (float), of size ``config.vision.image_size_px``.
@@ -70,9 +71,9 @@ class M3AE(nn.Module):
     def leaves_some_alone(self) -> bool:
         """Whether there are parameters that no objective reads, which then have no gradient.
 
-        Image-text matching reads the whole trunk; without it some of the last layers and poolers are left alone.
+        What reads the pooled features reads the whole trunk; else some of the last layers and poolers are left alone.
         """
-        return "itm" not in self.config.objectives
+        return not {"itm", "vqa", "classification", "retrieval"} & set(self.config.objectives)
 
     def init_retrieval_head(self) -> None:
         """Starts the retrieval head from the matching row of the ITM head, which is frozen.

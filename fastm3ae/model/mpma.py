@@ -23,6 +23,7 @@ from fastm3ae.config import MPMAConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.masking import hidden_patches, num_kept_patches, split_patches
 from fastm3ae.model.alignment import GlobalFeatures, GlobalHead, LocalHead, cls_attention
+from fastm3ae.model.freezing import Freezable
 from fastm3ae.model.heads import MIMDecoder, MIMOutputs, MLMHead, MLMOutputs, init_weights
 from fastm3ae.model.memory_fusion import FusionPlan, MemoryFusion
 from fastm3ae.model.packed import Encoded, Run, call, checkpointed, encode_images, encode_texts, maybe_compiled
@@ -34,7 +35,7 @@ from fastm3ae.model.vision import build_vision
 __all__ = ["MPMA", "MPMAPlan", "Sides", "compute"]
 
 
-class MPMA(nn.Module):
+class MPMA(Freezable):
     """Two towers, the fusion, and a head for each objective.
 
     Args:

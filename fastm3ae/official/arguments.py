@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastm3ae.config import PretrainConfig
+from fastm3ae.config import FinetuneConfig, PretrainConfig
 from fastm3ae.errors import UserError, nearest
 
 __all__ = ["DEFAULTS", "NAMED_CONFIGS", "OfficialRun", "arguments_of", "parse_official"]
@@ -55,7 +55,8 @@ _ALSO: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _KIND_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list",
                dict: "a dictionary", type(None): "None"}  # fmt: skip
-_OUR_KEYS = {field.name for field in fields(PretrainConfig)} - DEFAULTS.keys()
+_OUR_KEYS = {field.name for config in (PretrainConfig, FinetuneConfig) for field in fields(config)} - DEFAULTS.keys()
+_TASKS = {"vqa": "vqa", "cls": "classification", "irtr": "retrieval"}
 
 
 def _named_configs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,6 +137,17 @@ class OfficialRun:
         """GPUs per machine. Of a list of device ids the original, too, takes the length only."""
         num_gpus = self.config["num_gpus"]
         return num_gpus if isinstance(num_gpus, int) else len(num_gpus)
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether a loss of a downstream task counts."""
+        return any(self.config["loss_names"][name] > 0 for name in _TASKS)
+
+    @property
+    def command(self) -> str:
+        """Which of our commands does it."""
+        tasks = [task for name, task in _TASKS.items() if self.config["loss_names"][name] > 0]
+        return f"finetune {tasks[0]}" if tasks else "pretrain"
 
 
 def arguments_of(command_line: str) -> list[str]:

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig
+from fastm3ae.config import PRETRAINING_OBJECTIVES, FinetuneConfig, PretrainConfig
 from fastm3ae.configfile import from_dict
 from fastm3ae.errors import UserError, nearest
 from fastm3ae.official.arguments import OfficialRun
 
-__all__ = ["heads_and_fusion", "to_pretrain_config"]
+__all__ = ["heads_and_fusion", "to_run_config"]
 
 _LARGE_CLIP = {"width": 1024, "num_blocks": 23}
 _SWIN = {"kind": "swin", "patch_size_px": 4, "swin_num_blocks": [2, 2, 18, 2]}
@@ -28,10 +28,11 @@ _VISION: dict[str, dict[str, Any]] = {
 }
 _OBJECTIVES = {"mlm": "mlm", "mim": "mim", "itm": "itm", "vqa": "vqa", "cls": "classification", "irtr": "retrieval"}
 _PRECISIONS = {16: "fp16", "bf16": "bf16", 32: "fp32"}
-# Keys that say nothing about pre-training here: sizes are read from the tokenizer and the towers' weights.
-_NO_EFFECT = {"default_root_dir", "draw_false_image", "draw_false_text", "get_recall_metric", "image_only",
-              "input_text_embed_size", "label_column_name", "melinda_label_size", "mlc_label_size", "num_layers",
-              "vocab_size", "vqa_label_size"}  # fmt: skip
+# Keys that say nothing here: sizes are read from the tokenizer, the towers' weights and the data.
+_NO_EFFECT = {"default_root_dir", "draw_false_image", "get_recall_metric", "image_only", "input_text_embed_size",
+              "melinda_label_size", "mlc_label_size", "num_layers", "vocab_size", "vqa_label_size"}  # fmt: skip
+_NO_EFFECT_ON_PRETRAINING = {"draw_false_text", "label_column_name"}
+_NO_EFFECT_ON_FINETUNING = {"mlm_prob", "whole_word_masking"}
 
 
 def heads_and_fusion(official: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,58 +64,82 @@ def heads_and_fusion(official: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_pretrain_config(run: OfficialRun) -> tuple[PretrainConfig, list[str]]:
-    """Returns the same pre-training run as our own configuration, and what its user should know about it.
+def to_run_config(run: OfficialRun) -> tuple[PretrainConfig | FinetuneConfig, list[str]]:
+    """Returns the same run as our own configuration, and what its user should know about it.
 
-    The run folder is the one that the original's TensorBoard logger would take, ``version_N`` with the next free N.
+    The run folder is the one that the original's TensorBoard logger would take, ``version_N`` with the next free N. A
+    line with ``test_only`` gives the configuration of the fine-tuning whose checkpoint it tests.
 
     Raises:
-        UserError: The run is no pre-training, or the original could not run it either, or it does not exist here.
+        UserError: The original could not run it either, or it does not exist here.
 
     Source: main.py, m3ae/modules/m3ae_utils.py (``set_schedule``), m3ae/datasets/base_dataset.py.
     Deviation: The original also stops after 1000 epochs where max_steps is given.
     """
     official = run.config
-    model = heads_and_fusion(official)
-    others = [name for name in model["objectives"] if name not in PRETRAINING_OBJECTIVES]
-    if others or official["test_only"]:
-        what = "testing (test_only=True)" if official["test_only"] else f"fine-tuning ({', '.join(others)})"
-        raise UserError(
-            f"{official['exp_name']} cannot be run by this version of fastm3ae, which only pre-trains: "
-            f"{what} is still to come."
-        )
     if str(official["resume_from"]).endswith(".ckpt"):
         raise UserError(
             f"resume_from={official['resume_from']} is a checkpoint of the original, which a run here cannot go on "
             f"from exactly: load_path={official['resume_from']} starts from its weights."
         )
-    values = _merged(
-        {
-            "resume": official["resume_from"],
-            "init_from": official["load_path"] or None,
-            "seed": official["seed"],
-            "model": {"vision": _vision(official), "text": _text(official["tokenizer"]), **model},
-            "data": {
-                "root": official["data_root"],
-                "datasets": official["datasets"],
-                "tokenizer": official["tokenizer"],
-                "max_text_tokens": official["max_text_len"],
-                "train_transform": _transform("train_transform_keys", official),
-                "val_transform": re.sub("_randaug|_resizedcrop", "", _transform("val_transform_keys", official)),
-                "alpha": "official",
-                "on_bad_sample": "skip",  # the original goes on, too, with a random other pair
-            },
-            "masking": {
-                "token_frac": official["mlm_prob"],
-                "words": "official" if official["whole_word_masking"] else "token",
-            },
-            "optim": _optim(official),
-            "train": _train(run),
+    base, own = (FinetuneConfig(), _finetuning(run)) if run.is_finetuning else (PretrainConfig(), _pretraining(run))
+    values = {
+        "resume": official["resume_from"],
+        "init_from": official["load_path"] or None,
+        "seed": official["seed"],
+        "data": {
+            "root": official["data_root"],
+            "datasets": official["datasets"],
+            "tokenizer": official["tokenizer"],
+            "max_text_tokens": official["max_text_len"],
+            "train_transform": _transform("train_transform_keys", official),
+            "val_transform": re.sub("_randaug|_resizedcrop", "", _transform("val_transform_keys", official)),
+            "alpha": "official",
+            "on_bad_sample": "skip",  # the original goes on, too, with a random other pair
         },
-        run.ours,
-    )
+        "optim": _optim(official),
+        "train": _train(run),
+    }
+    values = _merged(values | own, run.ours)
     values.setdefault("output", _run_folder(official, go_on=values["resume"] == "auto"))
-    return from_dict(PretrainConfig(), values), _notes(run)
+    return from_dict(base, values), _notes(run)
+
+
+def _pretraining(run: OfficialRun) -> dict[str, Any]:
+    official = run.config
+    if official["test_only"]:
+        raise UserError(
+            f"{official['exp_name']} is a pre-training, which has no test_only=True: that is for the tasks."
+        )
+    return {
+        "model": {"vision": _vision(official), "text": _text(official["tokenizer"]), **heads_and_fusion(official)},
+        "masking": {
+            "token_frac": official["mlm_prob"],
+            "words": "official" if official["whole_word_masking"] else "token",
+        },
+    }
+
+
+def _finetuning(run: OfficialRun) -> dict[str, Any]:
+    official = run.config
+    model = heads_and_fusion(official)
+    if len(model["objectives"]) != 1:
+        names = ", ".join(name for name, weight in official["loss_names"].items() if weight > 0)
+        raise UserError(f"loss_names must name one task to fine-tune for, got {names}.")
+    (kind,) = model["objectives"]
+    task = {"kind": kind}
+    if kind == "classification":
+        task["label_column"] = official["label_column_name"]
+    if kind == "retrieval" and official["draw_false_text"]:
+        task["num_false_texts"] = official["draw_false_text"]
+    # How many labels there are is read from the data.
+    own = {key: model[key] for key in ("fusion", "mim")} | {"objectives": list(PRETRAINING_OBJECTIVES)}
+    if "swin" in official["vit"]:
+        own["objectives"].remove("mim")
+    return {
+        "model": {"vision": _vision(official), "text": _text(official["tokenizer"]), **own},
+        "task": task,
+    }
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +237,12 @@ def _run_folder(official: Mapping[str, Any], *, go_on: bool) -> str:
 
 def _notes(run: OfficialRun) -> list[str]:
     official, notes = run.config, []
-    no_effect = [key for key in run.given if key in _NO_EFFECT]
+    of_kind = _NO_EFFECT_ON_FINETUNING if run.is_finetuning else _NO_EFFECT_ON_PRETRAINING
+    no_effect = [key for key in run.given if key in _NO_EFFECT | of_kind]
     if "max_epoch" in run.given and official["max_steps"] is not None:
         no_effect.append("max_epoch (max_steps is set; max_steps=None makes it count)")
     if no_effect:
-        notes.append(f"Without effect on pre-training here: {', '.join(no_effect)}.")
+        notes.append(f"Without effect here: {', '.join(no_effect)}.")
     if official["num_gpus"] not in (run.num_gpus, list(range(run.num_gpus))):
         notes.append(
             f"num_gpus={official['num_gpus']} means the first {run.num_gpus} GPUs, as in the original; "

@@ -1,17 +1,19 @@
 """Checkpoints: a folder per saved step that appears only when it is whole, written while training goes on.
 
-step_NNNNNN/model.safetensors    the weights and the model's configuration
+step_NNNNNN/model.safetensors    the weights, the model's configuration, and what it was trained for
 step_NNNNNN/training_state.pt    what training needs to go on exactly
 step_NNNNNN/checkpoint.json      the sizes and SHA-256 of both, by which a damaged checkpoint is known
 best/model.safetensors           the weights that validated best
+*/tokenizer.json, ...            the tokenizer, as transformers saves it
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import ModelConfig
 from fastm3ae.errors import UserError
@@ -40,10 +43,20 @@ class Checkpointer:
     Args:
         folder: The run's checkpoint folder.
         keep: How many of the newest checkpoints stay.
+        tokenizer: Is saved beside the weights.
+        about: What is said of the run in their header.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.keep, self.about = folder, keep, about
+        # A copy, because a thread must not read what this process may be splitting texts with.
+        self.tokenizer = copy.deepcopy(tokenizer)
         for leftover in folder.glob(".step_*"):  # of a process that was killed while it wrote
             shutil.rmtree(leftover)
         self._copy: dict[str, Any] = {}
@@ -83,13 +96,15 @@ class Checkpointer:
         if self._failure is not None:
             raise UserError(self._failure)
 
-    def _write(self, step: int, config: ModelConfig, copy: dict[str, Any], is_best: bool) -> None:
+    def _write(self, step: int, config: ModelConfig, state: dict[str, Any], is_best: bool) -> None:
         final = self.folder / f"step_{step:06d}"
         partial, old = (self.folder / f".{final.name}.{end}" for end in ("partial", "old"))
         try:
             partial.mkdir(parents=True)
-            save_weights(copy["weights"], config, partial)
-            torch.save(copy["state"], partial / STATE_FILE)
+            save_weights(state["weights"], config, partial, self.about)
+            torch.save(state["state"], partial / STATE_FILE)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
             files = {name: _describe(partial / name) for name in (WEIGHTS_FILE, STATE_FILE)}
             (partial / MANIFEST_FILE).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
             for path in (*partial.iterdir(), partial):
@@ -99,7 +114,9 @@ class Checkpointer:
             os.replace(partial, final)
             _flush(self.folder)
             if is_best:
-                _link(final / WEIGHTS_FILE, self.folder / BEST / WEIGHTS_FILE)
+                for path in final.iterdir():
+                    if path.name not in (STATE_FILE, MANIFEST_FILE):
+                        _link(path, self.folder / BEST / path.name)
             self._failure = None
             stale = [path for _, path in checkpoints(self.folder)[: -self.keep]]
         except (

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastm3ae.errors import UserError
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "pick_device"]
 
 Value = TypeVar("Value")
 
@@ -51,7 +51,7 @@ class Processes:
     def __init__(self, device: str) -> None:
         self.rank, self.number = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.number_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.number))
-        self.device = _pick_device(device, int(os.environ.get("LOCAL_RANK", self.rank)), self.number_here)
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", self.rank)), self.number_here)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._host: dist.ProcessGroup | None = None
@@ -142,8 +142,17 @@ class Processes:
         return answer[0]
 
 
-def _pick_device(name: str, local_rank: int, number_here: int) -> torch.device:
-    """Returns this process's device of those on its machine: one GPU each, or the CPU for all."""
+def pick_device(name: str, local_rank: int = 0, number_here: int = 1) -> torch.device:
+    """Returns this process's device of those on its machine: one GPU each, or the CPU for all.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+        local_rank: Number of this process among those on its machine.
+        number_here: How many these are.
+
+    Raises:
+        UserError: The device is unknown or not here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

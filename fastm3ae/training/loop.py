@@ -1,4 +1,4 @@
-"""Pre-training: plain PyTorch, from a configuration to a run folder."""
+"""Training: plain PyTorch, batch after batch, into a run folder."""
 
 import dataclasses
 import itertools
@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import DataConfig, PretrainConfig, TrainConfig
+from fastm3ae.config import DataConfig, RunConfig, TrainConfig
 from fastm3ae.configfile import to_dict
-from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.data.loader import Loader
 from fastm3ae.errors import Interrupted, UserError
@@ -23,12 +23,11 @@ from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.graphs import PassGraphs, record_graph
 from fastm3ae.training.interrupt import StopRequest
+from fastm3ae.training.job import Job
 from fastm3ae.training.memory import explain_full_memory
 from fastm3ae.training.meter import Meter
-from fastm3ae.training.pictures import draw_pictures
 from fastm3ae.training.run_folder import RunFolder
 from fastm3ae.training.step import OptimizerStep
-from fastm3ae.training.validation import validate
 
 __all__ = ["Trainer", "autocast_context", "batch_mover", "build_step", "compute_dtype"]
 
@@ -45,22 +44,19 @@ def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], A
     return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
-def batch_mover(data: DataConfig, device: torch.device) -> Callable[[PretrainBatch], PretrainBatch]:
+def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageTextBatch], ImageTextBatch]:
     """Returns what copies a batch to the device and normalises its images there."""
     mean, std = (statistic.to(device) for statistic in normalization(data.val_transform))
 
-    def move(batch: PretrainBatch) -> PretrainBatch:
+    def move(batch: ImageTextBatch) -> ImageTextBatch:
         batch = batch.to(device, non_blocking=True)
-        return dataclasses.replace(
-            batch,
-            image_BCHW=normalize(batch.image_BCHW, mean, std),
-            false_image_FCHW=normalize(batch.false_image_FCHW, mean, std),
-        )
+        images = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
+        return dataclasses.replace(batch, **{name: normalize(getattr(batch, name), mean, std) for name in images})
 
     return move
 
 
-def build_step(config: PretrainConfig, model: Model, num_steps: int, processes: Processes) -> OptimizerStep:
+def build_step(config: RunConfig, model: Model, num_steps: int, processes: Processes) -> OptimizerStep:
     """Returns what makes the run's steps on the model."""
     train, device = config.train, processes.device
     is_fp16 = compute_dtype(train, device) == torch.float16
@@ -76,28 +72,33 @@ class Trainer:
 
     Args:
         config: The resolved configuration; ``train.micro_batch`` is a number.
+        job: What the run is for.
         tokenizer: For the words in the pictures.
         model: The model, on its device.
         train_loader: Training batches.
         val_loader: Validation batches.
         run_folder: Where everything is written; None in all processes but the first.
+        checkpointer: Writes the checkpoints; None in all processes but the first.
         processes: Those that train together.
         fingerprints: What the data and the tokenizer hold, for the checkpoints.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
+        job: Job,
         tokenizer: PreTrainedTokenizerFast,
         model: Model,
         train_loader: Loader,
         val_loader: Loader,
         run_folder: RunFolder | None,
+        checkpointer: Checkpointer | None,
         processes: Processes,
         fingerprints: dict[str, str],
     ) -> None:
         train = config.train
-        self.config, self.tokenizer, self.model, self.run_folder = config, tokenizer, model, run_folder
+        self.config, self.job, self.tokenizer, self.model = config, job, tokenizer, model
+        self.run_folder, self.checkpointer = run_folder, checkpointer
         self.train_loader, self.val_loader, self.processes = train_loader, val_loader, processes
         self.fingerprints = fingerprints
         from_epochs = train.num_epochs * len(train_loader) if train.num_epochs else None
@@ -106,9 +107,6 @@ class Trainer:
         if train.validate_every_epochs is not None:
             self.validate_every = max(1, round(train.validate_every_epochs * len(train_loader)))
         self.make_step = build_step(config, model, self.num_steps, processes)
-        self.checkpointer = None
-        if run_folder is not None:
-            self.checkpointer = Checkpointer(run_folder.path / "checkpoints", train.keep_checkpoints)
         self.meter = Meter(processes)
         self._to_device = batch_mover(config.data, processes.device)
         self.stop = StopRequest(is_quiet=not processes.is_first)
@@ -117,6 +115,7 @@ class Trainer:
         self.num_skipped_now = 0  # in the epoch, up to there
         self.validation: dict[str, float] = {}
         self.best_score: float | None = None
+        self.num_stale = 0  # validations since the best one
         self.num_skipped = {"train": 0, "val": 0}
         self.wall_s = 0.0
 
@@ -128,7 +127,7 @@ class Trainer:
             UserError: A sample or another process failed, or the last checkpoint could not be written.
         """
         with self.stop, tqdm(
-            total=self.num_steps, initial=self.step, desc="pretrain", unit="step", dynamic_ncols=True,
+            total=self.num_steps, initial=self.step, desc=self.job.name, unit="step", dynamic_ncols=True,
             disable=self.run_folder is None,
         ) as bar:  # fmt: skip
             try:
@@ -166,7 +165,7 @@ class Trainer:
         if self.validated_step != self.num_steps:
             self._stop_early()
 
-    def _try_step(self, pieces: list[PretrainBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
+    def _try_step(self, pieces: list[ImageTextBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
         with explain_full_memory(self.processes.device, self.step + 1, self.config.train.micro_batch):
             return self.make_step(pieces, totals)
 
@@ -186,11 +185,21 @@ class Trainer:
             if self.validated_step == self.step and "score" in self.validation:
                 is_best = self.best_score is None or self.validation["score"] > self.best_score
                 self.best_score = self.validation["score"] if is_best else self.best_score
+                self.num_stale = 0 if is_best else self.num_stale + 1
+                is_last = self._end_if_stale() or is_last
         is_due = self.step % train.save_every_steps == 0 or is_last or is_best
         if is_due and (self.saved_step != self.step or is_best):
             self.meter.pause(partial(self._save, is_best))
 
-    def _batches(self) -> Iterator[list[PretrainBatch]]:
+    def _end_if_stale(self) -> bool:
+        """Makes this step the last one if the last validations found nothing better; returns whether it is."""
+        patience = self.config.train.patience
+        if patience is None or self.num_stale < patience:
+            return False
+        self.num_steps = self.step
+        return True
+
+    def _batches(self) -> Iterator[list[ImageTextBatch]]:
         """Yields this process's pieces of batch after batch, on the device, epoch after epoch."""
         first_epoch, first_batch = self.position
         for epoch in itertools.count(first_epoch):
@@ -198,7 +207,7 @@ class Trainer:
                 yield [self._to_device(piece) for piece in pieces]
             self._count_skipped("train", f"epoch {epoch}", self.train_loader)
 
-    def _next(self, batches: Iterator[list[PretrainBatch]]) -> list[PretrainBatch]:
+    def _next(self, batches: Iterator[list[ImageTextBatch]]) -> list[ImageTextBatch]:
         try:
             return next(batches)
         except UserError:
@@ -221,9 +230,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluates the validation split, logs it, and draws its first pairs; leaves all that when asked to stop."""
-        first: list[PretrainBatch] = []
+        first: list[ImageTextBatch] = []
 
-        def pieces() -> Iterator[PretrainBatch]:
+        def pieces() -> Iterator[ImageTextBatch]:
             for pieces in itertools.islice(self.val_loader.epoch(0), self.config.train.max_val_batches):
                 for piece in pieces:
                     if self.stop.signal is not None:
@@ -232,7 +241,7 @@ class Trainer:
                     first[:] = first or [piece]
                     yield piece
 
-        metrics = validate(self.model, pieces(), self.make_step.autocast, self.processes)
+        metrics = self.job.validate(self.model, pieces(), self.make_step.autocast, self.processes)
         (num_stops,) = self.processes.sum([self.stop.signal is not None])
         if num_stops:
             return
@@ -242,9 +251,9 @@ class Trainer:
         if self.run_folder is None:
             return
         tqdm.write(f"step {self.step}, validation: {_brief(metrics)}")
-        if first and self.config.train.num_pictures:
+        if first and self.config.train.num_pictures and self.job.draw is not None:
             mean, std = (t.flatten().tolist() for t in normalization(self.config.data.val_transform))
-            pictures = draw_pictures(
+            pictures = self.job.draw(
                 self.model, first[0], self.tokenizer, self.config.train.num_pictures, mean, std, self.make_step.autocast
             )
             for name, picture in pictures.items():
@@ -270,6 +279,7 @@ class Trainer:
             "validation": self.validation,
             "validated_step": self.validated_step,
             "best_score": self.best_score,
+            "num_stale": self.num_stale,
             "wall_s": self.wall_s,
             "config": to_dict(self.config),
             "fingerprints": self.fingerprints,
@@ -291,7 +301,8 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.position, self.validation = tuple(state["position"]), state["validation"]
         self.validated_step, self.best_score = state["validated_step"], state["best_score"]
-        self.wall_s = state["wall_s"]
+        self.num_stale, self.wall_s = state.get("num_stale", 0), state["wall_s"]
+        self._end_if_stale()
         rank, device, number = self.processes.rank, self.processes.device, self.processes.number
         if len(state["of_each_process"]) == number:
             own = state["of_each_process"][rank]
@@ -323,14 +334,15 @@ class Trainer:
         return {
             "steps": self.step,
             **self.validation,
+            "best_score": self.best_score,
             "samples_per_s": self.meter.total_samples / max(self.meter.total_seconds, 1e-9),
             "data_wait_frac": self.meter.total_waited / max(self.meter.total_seconds, 1e-9),
             "wall_s": self.wall_s,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "num_processes": self.processes.number,
             "micro_batch": self.config.train.micro_batch,
-            "train_pairs": len(self.train_loader.dataset),
-            "val_pairs": len(self.val_loader.dataset),
+            "train_pairs": self.train_loader.num_pairs,
+            "val_pairs": self.val_loader.num_pairs,
             "skipped_samples": {"train": int(num_train), "val": int(num_val)},
         }
 

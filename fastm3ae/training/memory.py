@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from fastm3ae import objectives
-from fastm3ae.config import PretrainConfig
-from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.config import RunConfig
+from fastm3ae.data.batch import ImageTextBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 
@@ -19,7 +19,11 @@ ADAM_STATES = 2  # running means of the gradients and of their squares, each as 
 
 
 def fit_micro_batch(
-    model: Model, config: PretrainConfig, most: int, autocast: Callable[[], AbstractContextManager]
+    model: Model,
+    config: RunConfig,
+    most: int,
+    autocast: Callable[[], AbstractContextManager],
+    longest_batch: Callable[[int], ImageTextBatch],
 ) -> int:
     """Returns how many pairs the model's device can train on at once, at most ``most``.
 
@@ -31,6 +35,7 @@ def fit_micro_batch(
         config: The run, resolved.
         most: Pairs of this process in a step.
         autocast: Gives the context in which the model computes.
+        longest_batch: Makes a batch of so many pairs that needs as much memory as any.
 
     Raises:
         UserError: Not even one pair fits.
@@ -42,7 +47,7 @@ def fit_micro_batch(
 
     def attempt(num_pairs: int) -> None:
         reserved = torch.empty(ADAM_STATES * num_values, dtype=torch.float32, device=device)
-        batch = longest_batch(config, num_pairs).to(device)
+        batch = longest_batch(num_pairs).to(device)
         for _ in range(2):  # the second beside the gradients of the first
             with autocast():
                 results = objectives.losses(model(batch, **config.step_options()), batch, model.config)
@@ -98,24 +103,3 @@ def explain_full_memory(device: torch.device, step: int, micro_batch: int) -> It
             f"The memory of {device} was full in step {step}, with passes of {micro_batch} pairs: "
             f"give a smaller --train.micro-batch, or auto ({error})"
         ) from error
-
-
-def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
-    """Returns a batch that needs as much memory as any: full texts, all images false (and drawn besides)."""
-    size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
-    images = torch.zeros(num_pairs, 3, size, size)
-    ids = torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1)
-    is_masked_T = torch.arange(num_tokens) < max(1, round(num_tokens * config.masking.token_frac))
-    return PretrainBatch(
-        image_BCHW=images,
-        text_ids_BT=ids,
-        is_padding_BT=torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
-        texts=[""] * num_pairs,
-        item_ids=[""] * num_pairs,
-        bad_samples=[],
-        mlm_ids_BT=ids,
-        mlm_labels_BT=ids.masked_fill(~is_masked_T, -100),
-        itm_labels_B=torch.zeros(num_pairs, dtype=torch.int64),
-        false_image_FCHW=images,
-        patch_noise_BN=torch.rand(num_pairs, config.model.num_noise_patches),
-    )

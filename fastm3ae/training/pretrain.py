@@ -1,34 +1,20 @@
-"""A pre-training run from its configuration: checks, model, data, checkpoint, then the loop."""
+"""Pre-training: what its runs are, to the code that all runs share."""
 
-import dataclasses
-import hashlib
-import os
-import shutil
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig
-from fastm3ae.data.loader import Loader, Place, pretrain_loader
-from fastm3ae.data.text import load_tokenizer
+from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.data.loader import pretrain_loader
 from fastm3ae.errors import UserError
-from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
-from fastm3ae.model.attention import backends
-from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import init_model, load_tower_weights, resolve_text
-from fastm3ae.training.checkpoint import load_training_state
 from fastm3ae.training.distributed import Processes
-from fastm3ae.training.loop import Trainer, autocast_context
-from fastm3ae.training.memory import fit_micro_batch
-from fastm3ae.training.resume import check_same_run, find_checkpoint
-from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.job import Job
+from fastm3ae.training.pictures import draw_pictures
+from fastm3ae.training.run import run
+from fastm3ae.training.validation import validate
 
-COMPILERS = ("g++", "c++", "clang++")  # where torch.compile looks, besides CXX
-
-__all__ = ["build_loader", "pretrain", "resolve_and_build", "with_micro_batch"]
+__all__ = ["PRETRAINING", "check_objectives", "longest_batch", "pretrain"]
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
@@ -45,73 +31,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         Interrupted: A signal ended the run; what it had is saved.
     """
     processes = Processes(config.train.device)
-    config, tokenizer, model = resolve_and_build(processes.from_first(lambda: config), processes)
-    checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
-    state = None if checkpoint is None else load_training_state(checkpoint)
-    config = with_micro_batch(config, model, processes, state)
-    train_loader, val_loader = (build_loader(config, tokenizer, split, processes) for split in ("train", "val"))
-    notes += [*train_loader.dataset.notes, *val_loader.dataset.notes]
-    fingerprints = processes.from_first(lambda: _fingerprints(train_loader, val_loader, tokenizer))
-    if checkpoint is None:
-        notes += _start_weights(model, config)
-    else:
-        notes += check_same_run(state, config, fingerprints, processes.number)
-        init_model(model, checkpoint)
-    if processes.rank:  # the first one goes on with what is left of the seed after the weights
-        processes.seed(config.seed)
-    if config.train.step == "packed":
-        notes.append(f"attention on {processes.device.type}: {backends(processes.device.type)}")
-    run_folder = None
-
-    def open_run_folder() -> None:
-        nonlocal run_folder
-        files = [*train_loader.dataset.table.paths, *val_loader.dataset.table.paths]
-        data = {"files": [{"path": str(file), "bytes": file.stat().st_size} for file in files]}
-        progress = (
-            {} if state is None else {"step": state["step"], "is_validated": state["validated_step"] == state["step"]}
-        )
-        run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, **progress)
-
-    processes.from_first(open_run_folder)
-    if processes.is_first:
-        for note in notes:
-            tqdm.write(note)
-    trainer = Trainer(config, tokenizer, model, train_loader, val_loader, run_folder, processes, fingerprints)
-    if state is not None:
-        trainer.restore(state)
-    try:
-        summary = trainer.run()
-    finally:
-        if run_folder is not None:
-            run_folder.close()
+    config = processes.from_first(lambda: config)
+    check_objectives(config)
+    summary = run(config, PRETRAINING, processes)
     processes.close()
-    return summary if processes.is_first else None
+    return summary
 
 
-def resolve_and_build(
-    config: PretrainConfig, processes: Processes
-) -> tuple[PretrainConfig, PreTrainedTokenizerFast, Model]:
-    """Returns the resolved configuration, the tokenizer, and the model with random weights on the process's device.
-
-    Draws the demo's corpus first, where the run wants it.
+def check_objectives(config: PretrainConfig) -> None:
+    """Checks that a model is pre-trained by what is meant for that.
 
     Raises:
-        UserError: Something that the configuration names is missing or does not fit.
-    """
-    if config.data.draw_demo:
-        processes.from_first(lambda: _draw_demo(config.data.root))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = resolve(config, tokenizer)
-    check_device(config, processes)
-    torch.manual_seed(config.seed)
-    return config, tokenizer, build_model(config.model).to(processes.device)
-
-
-def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainConfig:
-    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
-
-    Raises:
-        UserError: The longest text would not fit the language tower, or an objective is not one of pre-training.
+        UserError: An objective is not one of pre-training.
     """
     others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
     if others and config.model.kind == "m3ae":
@@ -119,100 +50,27 @@ def resolve(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Pretr
             f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
             f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
         )
-    text = resolve_text(config.model.text, tokenizer)
-    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
-    if config.data.max_text_tokens > longest:
-        raise UserError(
-            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
-            f"tokens (model.text.max_positions {text.max_positions})."
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
-def check_device(config: PretrainConfig, processes: Processes) -> None:
-    """Checks that the processes' devices can do what the run asks for.
-
-    Raises:
-        UserError: There is no GPU for CUDA graphs, or more than one process; no compiler for ``torch.compile``; or the
-            packed step's attention on a GPU does not take the model's heads.
-    """
-    if config.train.compiled and not any(map(shutil.which, [os.environ.get("CXX", "g++"), *COMPILERS])):
-        raise UserError(
-            f"train.compiled needs a C++ compiler, but there is none of {', '.join(COMPILERS)} in PATH, "
-            "and CXX names none."
-        )
-    if config.train.cuda_graphs and (processes.device.type != "cuda" or processes.number > 1):
-        raise UserError(
-            f"train.cuda_graphs works in one process on a GPU, got {processes.number} on {processes.device.type}."
-        )
-    if config.train.step != "packed" or processes.device.type != "cuda":
-        return
-    taken = " or ".join(map(str, PACKED_ATTENTION_HEAD_DIMS))
-    for name, part in (("model.text", config.model.text), ("model.fusion", config.model.fusion)):
-        if part.width // part.num_heads not in PACKED_ATTENTION_HEAD_DIMS:
-            raise UserError(
-                f"{name} has heads of width {part.width // part.num_heads}; on a GPU the packed step takes {taken}. "
-                f"Change {name}.width or {name}.num_heads, or take train.step original."
-            )
+def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
+    """Returns a batch that needs as much memory as any: full texts, all images false (and drawn besides)."""
+    size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
+    images = torch.zeros(num_pairs, 3, size, size)
+    ids = torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1)
+    is_masked_T = torch.arange(num_tokens) < max(1, round(num_tokens * config.masking.token_frac))
+    return PretrainBatch(
+        image_BCHW=images,
+        text_ids_BT=ids,
+        is_padding_BT=torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
+        texts=[""] * num_pairs,
+        item_ids=[""] * num_pairs,
+        bad_samples=[],
+        mlm_ids_BT=ids,
+        mlm_labels_BT=ids.masked_fill(~is_masked_T, -100),
+        itm_labels_B=torch.zeros(num_pairs, dtype=torch.int64),
+        false_image_FCHW=images,
+        patch_noise_BN=torch.rand(num_pairs, config.model.num_noise_patches),
+    )
 
 
-def _draw_demo(root: str) -> None:
-    from fastm3ae.data.demo import ensure_demo_corpus
-
-    corpus = ensure_demo_corpus(Path(root))
-    tqdm.write(f"{corpus.root}: {corpus.num_train} training images, synthetic: drawn by a program, no patient")
-
-
-def _start_weights(model: Model, config: PretrainConfig) -> list[str]:
-    """Loads what the run starts from, and returns notes on what that does not cover."""
-    load_tower_weights(model)
-    if config.init_from is None:
-        return []
-    report = init_model(model, Path(config.init_from))
-    return [
-        f"{config.init_from}: {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        for what, names in report._asdict().items()
-        if names
-    ]
-
-
-def with_micro_batch(
-    config: PretrainConfig, model: Model, processes: Processes, state: dict[str, Any] | None = None
-) -> PretrainConfig:
-    """Returns the configuration with a number as ``train.micro_batch``.
-
-    Args:
-        config: The run, resolved.
-        model: The model, on the process's device.
-        processes: Those that train together.
-        state: What a resumed run goes on with; its own number is taken where that is possible.
-    """
-    train = config.train
-    if train.micro_batch != "auto":
-        return config
-    if state is not None and state["num_processes"] == processes.number:
-        micro_batch = state["micro_batch"]
-    else:
-        most = -(-train.batch_size // processes.number)
-        micro_batch = min(
-            processes.gather(fit_micro_batch(model, config, most, autocast_context(train, processes.device)))
-        )
-    return dataclasses.replace(config, train=dataclasses.replace(train, micro_batch=micro_batch))
-
-
-def build_loader(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "val"], processes: Processes
-) -> Loader:
-    """Returns the loader of this process's share in a split."""
-    place = Place(micro_batch=config.train.micro_batch, rank=processes.rank, num_ranks=processes.number)
-    cores = max(1, (os.cpu_count() or 1) // processes.number_here)
-    return pretrain_loader(config, tokenizer, split, place=place, num_workers=min(config.train.num_workers, cores))
-
-
-def _fingerprints(train_loader: Loader, val_loader: Loader, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Returns by the names of the data files, and for the tokenizer, a hash of what they hold."""
-    return {
-        **train_loader.dataset.fingerprints(),
-        **val_loader.dataset.fingerprints(),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-    }
+PRETRAINING = Job("pretrain", pretrain_loader, longest_batch, validate, draw_pictures)

@@ -30,7 +30,8 @@ from fastm3ae.training.flops import DIRECTIONS, PARTS, Flops, count_flops, model
 from fastm3ae.training.launch import is_one_of_several
 from fastm3ae.training.loop import batch_mover, build_step, compute_dtype
 from fastm3ae.training.memory import explain_full_memory
-from fastm3ae.training.pretrain import build_loader, resolve_and_build, with_micro_batch
+from fastm3ae.training.pretrain import PRETRAINING, check_objectives
+from fastm3ae.training.run import build_loader, resolve_and_build, with_micro_batch
 from fastm3ae.training.run_folder import environment
 from fastm3ae.training.step import OptimizerStep
 
@@ -142,9 +143,10 @@ def profile(
     trace = None if trace_folder is None else _make_folder(trace_folder) / "trace.json"
     processes = Processes(config.train.device)
     device = processes.device
+    check_objectives(config)
     config, tokenizer, model = resolve_and_build(config, processes)
-    config = with_micro_batch(config, model, processes)
-    loader = build_loader(config, tokenizer, "train", processes)
+    config = with_micro_batch(config, model, PRETRAINING, processes)
+    loader = build_loader(config, tokenizer, PRETRAINING, "train", processes)
     dtype = compute_dtype(config.train, device)
     matmul_flops_per_s = measure_matmul(device, dtype)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastm3ae.config import PretrainConfig
+from fastm3ae.config import RunConfig
 from fastm3ae.configfile import differences, to_dict
 from fastm3ae.errors import UserError
 from fastm3ae.training.checkpoint import damage, newest_whole
@@ -16,11 +16,11 @@ MAY_DIFFER = (
     "output", "resume", "force_resume", "data.root", "data.tokenizer", "data.draw_demo", "train.micro_batch",
     "train.device", "train.num_workers", "train.log_every_steps", "train.validate_every_steps",
     "train.validate_every_epochs", "train.max_val_batches", "train.num_pictures", "train.save_every_steps",
-    "train.keep_checkpoints", "train.tensorboard",
+    "train.keep_checkpoints", "train.tensorboard", "train.patience",
 )  # fmt: skip
 
 
-def find_checkpoint(config: PretrainConfig) -> tuple[Path | None, list[str]]:
+def find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
     """Returns the checkpoint that ``config.resume`` names, None to start anew; and notes for the user's log.
 
     Raises:
@@ -49,7 +49,7 @@ def find_checkpoint(config: PretrainConfig) -> tuple[Path | None, list[str]]:
 
 
 def check_same_run(
-    state: Mapping[str, Any], config: PretrainConfig, fingerprints: Mapping[str, str], num_processes: int
+    state: Mapping[str, Any], config: RunConfig, fingerprints: Mapping[str, str], num_processes: int
 ) -> list[str]:
     """Checks that a checkpoint was made by this run, and returns notes on what will not be exactly the same.
 

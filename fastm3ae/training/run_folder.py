@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 import fastm3ae
-from fastm3ae.config import PretrainConfig
+from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.errors import UserError
 
@@ -49,7 +49,7 @@ class RunFolder:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         data: Mapping[str, Any],
         device: torch.device,
         step: int = 0,

@@ -1,0 +1,127 @@
+"""Tasks that choose among labels: what these stand for, as the data files say, and that all files agree."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastm3ae.config import FinetuneConfig
+from fastm3ae.data.datasets import ClassificationDataset, VqaDataset
+from fastm3ae.errors import UserError
+from fastm3ae.tasks.evaluation import Evaluation
+from fastm3ae.tasks.task import NUM_HARDEST, Item, Task
+
+__all__ = ["ChoiceTask", "check_labels", "read_labels"]
+
+SPLITS = ("train", "val", "test")
+NUM_EXAMPLES = 3
+
+Labelled = VqaDataset | ClassificationDataset
+
+
+class ChoiceTask(Task):
+    """A task that chooses one of its labels for each item.
+
+    Raises:
+        UserError: A data file cannot be used, has other labels than another one, or none has any.
+    """
+
+    def __init__(self, config: FinetuneConfig, about: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config, about)
+        if about is not None:
+            self.labels = tuple(about["labels"])
+            return
+        files = [path for split in SPLITS for path in self.files(split) if path.exists()]
+        self.labels = read_labels([self._open([path]) for path in files])
+        if not self.labels:
+            raise UserError(f"Not one item has a label in {', '.join(map(str, files)) or config.data.root}.")
+
+    def dataset(self, split: str) -> Labelled:
+        """Returns a split's items, whose labels are the task's."""
+        dataset = super().dataset(split)
+        check_labels(dataset, self.labels, "the model")
+        return dataset
+
+    @abstractmethod
+    def row(self, item: Item) -> dict[str, Any]:
+        """Returns an item's row of the predictions, with at least expected, predicted, probability and score."""
+
+    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
+        """Returns the metrics, the choices, which label was taken for which, and the most confident mistakes."""
+        rows = [self.row(item) for item in items]
+        wrong = [number for number, row in enumerate(rows) if row["score"] < 1]
+        wrong.sort(key=lambda number: (rows[number]["score"], -rows[number]["probability"]))
+        return Evaluation(
+            metrics=self.metrics(items, **resampling),
+            predictions=rows,
+            confusion=([row["expected"] for row in rows], [row["predicted"] for row in rows]),
+            hardest=[(square(items[number]["pair"]), _lines(rows[number])) for number in wrong[:NUM_HARDEST]],
+            notes=self.notes(items),
+        )
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """Returns what a reader of the metrics must know."""
+        return []
+
+
+def _lines(row: Mapping[str, Any]) -> list[str]:
+    """Returns an item in words: what was asked or said, what was expected and what predicted."""
+    predicted = f"predicted: {row['predicted']} ({row['probability']:.2f})"
+    return [row["text"], f"expected: {row['expected']}", predicted]
+
+
+def read_labels(datasets: Sequence[Labelled]) -> tuple[str, ...]:
+    """Returns what the labels 0, 1, ... stand for.
+
+    Files of ``fastm3ae prepare`` say it in their header. Of others, such as the original's, a label's name is the word
+    that stands beside it, or its number.
+
+    Args:
+        datasets: The splits.
+
+    Raises:
+        UserError: Two files say different things.
+    """
+    said = [(path, names) for dataset in datasets for path, names in dataset.label_names().items()]
+    if said:
+        (first, names), *others = said
+        for path, other in others:
+            _check_equal(path, other, names, first)
+        return tuple(names)
+    words = {label: word for dataset in datasets for label, word in dataset.label_words()}
+    return tuple(words.get(label) or f"label {label}" for label in range(1 + max(words, default=-1)))
+
+
+def check_labels(dataset: Labelled, names: Sequence[str], origin: str) -> None:
+    """Checks that a data set's labels are those of another place.
+
+    Args:
+        dataset: The data set.
+        names: The other place's labels.
+        origin: That place, in words.
+
+    Raises:
+        UserError: They differ; it says in what.
+    """
+    said = dataset.label_names()
+    for path, found in said.items():
+        _check_equal(path, found, names, origin)
+    files = ", ".join(path.name for path in dataset.table.paths)
+    for label, word in () if said else dataset.label_words():
+        if not 0 <= label < len(names):
+            raise UserError(f"{files} has the label {label}, but {origin} has only {len(names)} labels.")
+        if word not in (None, names[label]):
+            raise UserError(f"{files} has other labels than {origin}: {label} is {word!r}, there {names[label]!r}.")
+
+
+def _check_equal(path: str, found: Sequence[str], expected: Sequence[str], origin: str) -> None:
+    if list(found) == list(expected):
+        return
+    differing = [
+        f"{number} is {here!r}, there {there!r}"
+        for number, (here, there) in enumerate(zip(found, expected, strict=False))
+        if here != there
+    ]
+    where = f": {'; '.join(differing[:NUM_EXAMPLES])}" if differing else ""
+    raise UserError(f"{path} has other labels than {origin}, {len(found)} and {len(expected)}{where}.")

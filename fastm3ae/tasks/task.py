@@ -1,0 +1,153 @@
+"""What every downstream task is, to fine-tuning and to evaluation."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from fastm3ae.config import FinetuneConfig, ModelConfig
+from fastm3ae.data.arrow import dataset_files
+from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.collate import OF_EPOCH, Batches, keyed_rng
+from fastm3ae.data.datasets import PairDataset
+from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader
+from fastm3ae.tasks.evaluation import Evaluation
+from fastm3ae.tasks.metrics import Interval
+
+__all__ = ["NUM_HARDEST", "Item", "Task"]
+
+NUM_HARDEST = 16
+"""So many of the items that went wrong most are drawn."""
+
+Item = dict[str, Any]
+"""What a model made of one item and what was expected, of which metrics and reports are made; "pair" is its number in
+the data set."""
+
+
+class Task(ABC):
+    """A downstream task on the data of a run.
+
+    Attributes:
+        objective: Name of the model's objective.
+        score: Name of the metric that chooses the best checkpoint.
+        labels: What the labels stand for; none for a task without.
+
+    Args:
+        config: The run.
+        about: What a checkpoint that was trained for this task says of it; None: it is to be trained.
+    """
+
+    objective: ClassVar[str]
+    score: ClassVar[str]
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, config: FinetuneConfig, about: Mapping[str, Any] | None = None) -> None:
+        self.config = config
+
+    def about(self) -> dict[str, Any]:
+        """Returns what a checkpoint has to say so that the task can be made again."""
+        return {"labels": list(self.labels)}
+
+    def files(self, split: str) -> list[Path]:
+        """Returns a split's files, which may not exist."""
+        return [Path(self.config.data.root, f"{name}_{split}.arrow") for name in self.config.data.datasets]
+
+    def dataset(self, split: str) -> PairDataset:
+        """Returns a split's items.
+
+        Raises:
+            UserError: A file is missing, cannot be read, or does not fit the task.
+        """
+        return self._open(dataset_files(self.config.data.root, self.config.data.datasets, split))
+
+    def loader(
+        self,
+        config: FinetuneConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        split: str,
+        *,
+        place: Place = WHOLE,
+        num_workers: int = 0,
+        is_training: bool | None = None,
+    ) -> Loader:
+        """Returns the loader of a split.
+
+        Args:
+            config: The run, resolved.
+            tokenizer: Splits the texts.
+            split: Which files are read.
+            place: Which part of each batch this process works on.
+            num_workers: Worker processes of this process.
+            is_training: Whether images are augmented and items permuted, and only the run's fraction of them is
+                visited; None: if the split is the training split.
+        """
+        is_training = split == "train" if is_training is None else is_training
+        batches = self._batches(config, self.dataset(split), tokenizer, is_training)
+        pairs = self._drawn(batches.dataset) if is_training and config.task.train_frac < 1 else None
+        return make_loader(config, batches, is_training, place=place, num_workers=num_workers, pairs=pairs)
+
+    def longest_batch(self, config: FinetuneConfig, num_pairs: int) -> ImageTextBatch:
+        """Returns a batch of so many pairs that needs as much memory as any."""
+        size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
+        fields = {
+            "image_BCHW": torch.zeros(num_pairs, 3, size, size),
+            "text_ids_BT": torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1),
+            "is_padding_BT": torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
+            "texts": [""] * num_pairs,
+            "item_ids": [""] * num_pairs,
+            "bad_samples": [],
+        }
+        return self._longest(fields)
+
+    @abstractmethod
+    def with_head(self, model: ModelConfig) -> ModelConfig:
+        """Returns the model's configuration with this task's head in the place of all others."""
+
+    @abstractmethod
+    def items(self, output: Tensor, batch: ImageTextBatch) -> list[Item]:
+        """Returns an item for each pair of a batch.
+
+        Args:
+            output: What the model's objective gave.
+            batch: What it was given.
+        """
+
+    @abstractmethod
+    def metrics(self, items: Sequence[Item], **resampling: Any) -> dict[str, Interval]:
+        """Returns the metrics of all items; ``resampling`` is what ``fastm3ae.tasks.metrics.bootstrap`` takes."""
+
+    @abstractmethod
+    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
+        """Returns the metrics and what else an evaluation leaves behind.
+
+        Args:
+            items: All items.
+            square: Gives the image of a pair as the model sees it, (3, S, S) in [0, 1].
+            **resampling: What ``bootstrap`` takes.
+        """
+
+    @abstractmethod
+    def _open(self, files: Sequence[Path]) -> PairDataset:
+        """Returns the items of these files."""
+
+    @abstractmethod
+    def _batches(
+        self, config: FinetuneConfig, dataset: PairDataset, tokenizer: PreTrainedTokenizerFast, is_training: bool
+    ) -> Batches:
+        """Returns what makes the batches."""
+
+    @abstractmethod
+    def _longest(self, fields: Mapping[str, Any]) -> ImageTextBatch:
+        """Returns the batch of these common fields that has the most of everything else."""
+
+    def _drawn(self, dataset: PairDataset) -> np.ndarray:
+        """Returns the pairs of a fraction of the images, at least one, drawn by the seed."""
+        num_images = len(dataset.table)
+        num_drawn = max(1, round(num_images * self.config.task.train_frac))
+        order = keyed_rng(self.config.seed, 0, OF_EPOCH, 1).permutation(num_images)
+        return np.flatnonzero(np.isin(dataset.row, order[:num_drawn]))

@@ -1,0 +1,172 @@
+"""Fine-tuning: what its runs are, to the code that all runs share, and the test at their end."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastm3ae import objectives
+from fastm3ae.config import EvaluateConfig, FinetuneConfig
+from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.errors import UserError
+from fastm3ae.model.build import Model
+from fastm3ae.pretrained import has_tokenizer, read_about
+from fastm3ae.tasks.evaluation import METRICS_FILE, Evaluation
+from fastm3ae.tasks.registry import make_task
+from fastm3ae.tasks.results import read_results, results_table
+from fastm3ae.tasks.task import Item, Task
+from fastm3ae.training.checkpoint import BEST
+from fastm3ae.training.distributed import Processes
+from fastm3ae.training.evaluate import evaluate
+from fastm3ae.training.job import Job
+from fastm3ae.training.launch import is_one_of_several
+from fastm3ae.training.run import run
+
+__all__ = ["finetune", "finetune_seeds", "start_from"]
+
+TOWERS = ("vision", "text")
+
+
+def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
+    """Returns the configuration with a checkpoint's model and tokenizer; the size of the images stays.
+
+    Args:
+        config: The run, as a preset has it.
+        checkpoint: What it starts from: one of ours, or an official .ckpt, which may not say of what model it is.
+
+    Raises:
+        UserError: There is no such checkpoint, or it can't be read.
+    """
+    path = Path(checkpoint)
+    model, _ = read_about(path)
+    config = dataclasses.replace(config, init_from=checkpoint)
+    if model is None:
+        return config
+    size = config.model.vision.image_size_px
+    model = dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, image_size_px=size, weights="random"),
+        text=dataclasses.replace(model.text, weights="random"),
+    )
+    data = dataclasses.replace(config.data, tokenizer=str(path)) if has_tokenizer(path) else config.data
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
+    """Fine-tunes a model, together with the other processes that torchrun may have started, and tests it.
+
+    Args:
+        config: The run; all processes take that of the first.
+
+    Returns:
+        What was written to summary.json, and the metrics of the test; None in all processes but the first.
+
+    Raises:
+        UserError: Something that the configuration names is missing or does not fit.
+        Interrupted: A signal ended the run; what it had is saved.
+    """
+    processes = Processes(config.train.device)
+    config = processes.from_first(lambda: config)
+    task = make_task(config)
+    config = dataclasses.replace(config, model=task.with_head(config.model))
+    job = Job(
+        name=f"finetune {config.task.kind}",
+        loader=task.loader,
+        longest_batch=task.longest_batch,
+        validate=partial(validate, task),
+        freeze=TOWERS if config.task.freeze_towers else (),
+        about=task.about(),
+    )
+    summary = run(config, job, processes)
+    if config.task.test and all(path.exists() for path in task.files("test")):
+        evaluation = processes.from_first(lambda: _test(config, processes))
+        if summary is not None:
+            summary |= {f"test_{name}": interval.value for name, interval in evaluation.metrics.items()}
+    processes.close()
+    return summary
+
+
+def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
+    output = Path(config.output)
+    tqdm.write(f"testing the weights that validated best: {output / 'test'}")
+    return evaluate(
+        output / "checkpoints" / BEST,
+        EvaluateConfig(
+            output=str(output / "test"),
+            root=config.data.root,
+            batch_size=config.train.batch_size if config.train.micro_batch == "auto" else config.train.micro_batch,
+            precision=config.train.precision,
+            device=str(processes.device),
+            num_workers=config.train.num_workers,
+            on_bad_sample=config.data.on_bad_sample,
+        ),
+    )
+
+
+@torch.no_grad()
+def validate(
+    task: Task,
+    model: Model,
+    batches: Iterable[ImageTextBatch],
+    autocast: Callable[[], AbstractContextManager],
+    processes: Processes,
+) -> dict[str, float]:
+    """Returns the mean loss and the task's metrics over all batches of all processes; "score" is the task's own.
+
+    Args:
+        task: The task.
+        model: The model; its mode (training or evaluation) is left as it was.
+        batches: Batches of this process, on the model's device, images normalised.
+        autocast: Gives the context in which the model computes.
+        processes: Those that share the work.
+    """
+    was_training = model.training
+    model.eval()
+    items: list[Item] = []
+    loss = 0.0
+    for batch in batches:
+        with autocast():
+            outputs = model(batch)
+            (result,) = objectives.losses(outputs, batch, model.config).values()
+        loss += float(result.mean) * len(batch)
+        items += task.items(outputs[task.objective], batch)
+    model.train(was_training)
+    shares = processes.gather((items, loss))
+    items = [item for share, _ in shares for item in share]
+    if not items:
+        raise UserError("Not one item of the validation split can be used.")
+    metrics = {f"{task.objective}_loss": sum(share_loss for _, share_loss in shares) / len(items)}
+    found = task.metrics(items, num_resamples=1)
+    metrics |= {name: interval.value for name, interval in found.items() if interval.value is not None}
+    return metrics | {"score": metrics[task.score]}
+
+
+def finetune_seeds(config: FinetuneConfig, seeds: Sequence[int]) -> str:
+    """Fine-tunes once for each seed, into folders of their own, and compares the tests.
+
+    Args:
+        config: The run; its output is the folder of all runs. A run that is complete is not made again.
+        seeds: The seeds.
+
+    Returns:
+        The table, as Markdown; it and its content as JSON are written to results.md and results.json.
+
+    Raises:
+        UserError: As ``finetune``; or there is no test split, or there are several processes.
+    """
+    if is_one_of_several():
+        raise UserError("--seeds makes one run after another in one process: start it without torchrun.")
+    folders = [Path(config.output, f"seed_{seed}") for seed in seeds]
+    for seed, folder in zip(seeds, folders, strict=True):
+        if not (folder / "test" / METRICS_FILE).is_file():
+            finetune(dataclasses.replace(config, seed=seed, output=str(folder)))
+    markdown, content = results_table(read_results(folders))
+    Path(config.output, "results.md").write_text(markdown)
+    Path(config.output, "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    return markdown
