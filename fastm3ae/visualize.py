@@ -13,6 +13,7 @@ __all__ = [
     "Reconstruction",
     "TileRow",
     "Usage",
+    "case_sheet",
     "grey_out",
     "lay_over",
     "patchify",
@@ -135,18 +136,36 @@ def reconstruction_grid(rows: Sequence[Reconstruction], min_tile_px: int = 144) 
         rows: What to draw.
         min_tile_px: Smaller images are enlarged by a whole factor to at least this size.
     """
-    header, font = 20, _font()
-    tile = _tile_size(rows[0].original, min_tile_px)
-    captions = ["\n".join(part for text in row.caption for part in textwrap.wrap(text, 64) or [""]) for row in rows]
+    titles = ("original", "masked input", "reconstruction")
+    return _captioned_rows([(row[:3], row.caption) for row in rows], titles, min_tile_px)
+
+
+def case_sheet(cases: Sequence[tuple[Tensor, Sequence[str]]], min_tile_px: int = 144) -> Image.Image:
+    """Draws images (3, H, W) in [0, 1], all of one size, below each other, with lines of text beside each.
+
+    Args:
+        cases: What to draw.
+        min_tile_px: Smaller images are enlarged by a whole factor to at least this size.
+    """
+    return _captioned_rows([((image,), lines) for image, lines in cases], (), min_tile_px)
+
+
+def _captioned_rows(
+    rows: Sequence[tuple[Sequence[Tensor], Sequence[str]]], titles: Sequence[str], min_tile_px: int
+) -> Image.Image:
+    """Draws rows of images with lines of text beside them, below the columns' titles, if there are any."""
+    header, font = 20 if titles else 0, _font()
+    tile = _tile_size(rows[0][0][0], min_tile_px)
+    captions = ["\n".join(part for text in caption for part in textwrap.wrap(text, 64) or [""]) for _, caption in rows]
     heights = [GAP_PX + max(tile[1], _text_size(caption)[1]) for caption in captions]
-    text_left = 3 * (tile[0] + GAP_PX) + GAP_PX
+    text_left = len(rows[0][0]) * (tile[0] + GAP_PX) + GAP_PX
     sheet = Image.new("RGB", (text_left + CAPTION_WIDTH_PX, header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("original", "masked input", "reconstruction")):
+    for column, title in enumerate(titles):
         draw.text((column * (tile[0] + GAP_PX), 2), title, fill="black", font=font)
     top = header
-    for row, caption, row_height in zip(rows, captions, heights, strict=True):
-        for column, image in enumerate((row.original, row.masked, row.rebuilt)):
+    for (images, _), caption, row_height in zip(rows, captions, heights, strict=True):
+        for column, image in enumerate(images):
             sheet.paste(_enlarged(image, tile), (column * (tile[0] + GAP_PX), top))
         draw.multiline_text((text_left, top), caption, fill="black", font=font)
         top += row_height

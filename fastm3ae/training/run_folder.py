@@ -30,7 +30,8 @@ from fastm3ae.errors import UserError
 
 __all__ = ["RunFolder", "environment", "processor"]
 
-LIBRARIES = ("torch", "torchvision", "transformers", "timm", "triton", "numpy", "pillow", "pyarrow", "safetensors")
+LIBRARIES = ("torch", "torchvision", "transformers", "timm", "triton", "numpy", "pillow", "pyarrow", "safetensors",
+             "scikit-learn")  # fmt: skip
 
 
 class RunFolder:
