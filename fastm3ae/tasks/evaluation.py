@@ -143,10 +143,11 @@ def percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f}{bounds}"
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a Markdown table; the first row holds the columns' names, the first column is text."""
+def markdown_table(rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> list[str]:
+    """Returns the lines of a Markdown table; its first row holds the columns' names, its first columns text."""
     lines = [f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in row)} |" for row in rows]
-    return [lines[0], f"| --- |{' ---: |' * (len(rows[0]) - 1)}", *lines[1:]]
+    sides = ["---"] * num_text_columns + ["---:"] * (len(rows[0]) - num_text_columns)
+    return [lines[0], f"| {' | '.join(sides)} |", *lines[1:]]
 
 
 def options_text(options: Mapping[str, Any]) -> str:
