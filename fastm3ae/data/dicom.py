@@ -43,7 +43,6 @@ def decode_dicom(data: bytes) -> Image.Image:
     if meaning not in ("MONOCHROME1", "MONOCHROME2") or stored.ndim != 2:
         size = " x ".join(map(str, stored.shape))
         raise ValueError(f"the DICOM file is not one grey image: it holds {size} values that are {meaning}")
-    largest = stored.max()
-    scale = 255 / float(largest) if largest > 0 else 0.0
-    levels = np.rint(np.clip(stored.astype(np.float64) * scale, 0, 255)).astype(np.uint8)
+    values = np.maximum(stored, 0).astype(np.float64)
+    levels = np.rint(values * 255 / max(values.max(), 1)).astype(np.uint8)
     return Image.fromarray(255 - levels if meaning == "MONOCHROME1" else levels)
