@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def finetune(folder, task, *arguments, output=None, **changes):
     config = {
-        "data": {"root": str(folder), "datasets": [DATASETS[task]], "train_transform": "clip"},
+        "data": {"root": str(folder), "datasets": [DATASETS[task]], "train_transform": "clip", "max_text_tokens": 24},
         "model": {"vision": {"image_size_px": 32}},
         "optim": {"learning_rate": 3e-3, "head_lr_multiplier": 1.0, "fusion_lr_multiplier": 1.0},
         "train": TRAIN,
