@@ -23,13 +23,15 @@ class ImageTextBatch:
     """B pairs of an image and a text, in the order in which the loader visits them.
 
     Args:
-        image_BCHW: (B, 3, S, S) uint8, not yet normalised.
+        image_BCHW: (B, 3, S, S) uint8, not yet normalised; fewer, where pairs share an image.
         text_ids_BT: (B, T) int64, CLS and SEP included, padded with the tokenizer's padding id.
         is_padding_BT: (B, T) bool, True at padding.
         texts: The B texts as they stand in the file.
         item_ids: The B image ids.
         bad_samples: What was left out of this batch; its rows are not among the B pairs.
         pairs: The B pairs' numbers in the data set; none where a batch is made of something else.
+        image_index_B: (B,) int64, which of the images each pair has; None: each its own.
+        image_rows_B: The same on the host; made from it.
         num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
 
     Raises:
@@ -43,12 +45,20 @@ class ImageTextBatch:
     item_ids: list[str]
     bad_samples: list[BadSample]
     pairs: list[int] = field(default_factory=list)
+    image_index_B: Tensor | None = None
+    image_rows_B: np.ndarray | None = None
     num_tokens_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
         if self.num_tokens_B is None:
             self.num_tokens_B = _count_tokens(self.is_padding_BT)
+        if self.image_rows_B is None:
+            self.image_rows_B = np.arange(len(self)) if self.image_index_B is None else _on_host(self.image_index_B)
+
+    def images(self) -> Tensor:
+        """Returns the B pairs' images: those that pairs share, repeated."""
+        return self.image_BCHW if self.image_index_B is None else self.image_BCHW[self.image_index_B]
 
     def __len__(self) -> int:
         return len(self.texts)

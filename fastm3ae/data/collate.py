@@ -86,6 +86,8 @@ class Batches(ABC):
         transform: Makes a (3, S, S) uint8 tensor of an image; may draw from torch's default generator.
         max_text_tokens: Texts are cut to so many tokens, CLS and SEP included.
         seed: Seed of every draw.
+        shares_images: Whether an image that several pairs of a batch have is decoded, and encoded, once: for a
+            transform that draws nothing and a vision tower without dropout that is exact.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class Batches(ABC):
         *,
         max_text_tokens: int,
         seed: int = 0,
+        shares_images: bool = False,
     ) -> None:
         self.dataset, self.tokenizer, self.transform = dataset, tokenizer, transform
-        self.max_text_tokens, self.seed = max_text_tokens, seed
+        self.max_text_tokens, self.seed, self.shares_images = max_text_tokens, seed, shares_images
+        self._shared: dict[int, Tensor] = {}  # by row, of the batch that is being made
 
     @abstractmethod
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
@@ -109,6 +113,7 @@ class Batches(ABC):
     ) -> tuple[list[AnySample], list[BadSample]]:
         """Returns a sample of each pair that can be used, and an error for each other one."""
         samples, bad_samples = [], []
+        self._shared = {}
         for pair in request.pairs[request.part]:
             try:
                 samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
@@ -117,8 +122,13 @@ class Batches(ABC):
         return samples, bad_samples
 
     def _sample(self, pair: int, rng: np.random.Generator) -> Sample:
-        text = self.dataset.text(pair)
-        return Sample(pair=pair, image_CHW=self._image(pair, rng), text=text, encoding=self._encode(text))
+        text, row = self.dataset.text(pair), int(self.dataset.row[pair])
+        image_CHW = self._shared.get(row)
+        if image_CHW is None:
+            image_CHW = self._image(pair, rng)
+            if self.shares_images:
+                self._shared[row] = image_CHW
+        return Sample(pair=pair, image_CHW=image_CHW, text=text, encoding=self._encode(text))
 
     def _image(self, pair: int, rng: np.random.Generator) -> Tensor:
         image = self.dataset.image(pair)
@@ -138,8 +148,12 @@ class Batches(ABC):
         longest = max((len(encoding.ids) for encoding in [*encodings, *further_texts]), default=0)
         num_tokens = min(-(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE, self.max_text_tokens)
         text_ids_BT, is_padding_BT = self._pad_texts(encodings, num_tokens)
+        images = {id(sample.image_CHW): sample.image_CHW for sample in samples}
+        number_of = {key: number for number, key in enumerate(images)}
+        index = [number_of[id(sample.image_CHW)] for sample in samples]
         return {
-            "image_BCHW": stack([sample.image_CHW for sample in samples], (3, 0, 0)),
+            "image_BCHW": stack(list(images.values()), (3, 0, 0)),
+            "image_index_B": torch.tensor(index) if len(images) < len(samples) else None,
             "text_ids_BT": text_ids_BT,
             "is_padding_BT": is_padding_BT,
             "texts": [sample.text for sample in samples],

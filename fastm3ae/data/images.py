@@ -16,10 +16,12 @@ from torchvision import transforms
 from fastm3ae.errors import UserError, nearest
 from fastm3ae.kernels import resize_crop
 
-__all__ = ["TRANSFORMS", "decode_image", "make_transform", "normalization", "normalize"]
+__all__ = ["FIXED_TRANSFORMS", "TRANSFORMS", "decode_image", "make_transform", "normalization", "normalize"]
 
 TRANSFORMS = ("clip", "clip_resizedcrop", "clip_randaug", "imagenet")
 """Names that ``make_transform`` and ``normalization`` know."""
+FIXED_TRANSFORMS = ("clip", "imagenet")
+"""Those that draw nothing."""
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
