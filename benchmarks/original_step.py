@@ -75,10 +75,7 @@ def passes(model: M3AE, batch: PretrainBatch, compiled: bool = False) -> Iterato
         raise ValueError(f"model must have a CLIP ViT, which is what the original trains, got {model.config.vision}")
     if unknown := set(model.config.objectives) - set(PASSES):
         raise ValueError(f"model must have no objectives but {list(PASSES)}, got {sorted(unknown)}")
-    layers = [
-        (text_layer, separate(text_layer), image_layer, separate(image_layer))
-        for text_layer, image_layer in zip(model.fusion.text_layers, model.fusion.image_layers, strict=True)
-    ]
+    layers = separated(model)
     run = maybe_compiled(one_pass, compiled)
     # The length is known to the host.
     reduction = "mean" if len(batch.masked_index_M) else "sum"
@@ -244,6 +241,13 @@ def clip_blocks(blocks: Sequence[nn.Module], x_BLD: Tensor) -> Tensor:
 def clip_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm in float32 (float64 stays), back in the input's type."""
     return norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+def separated(model: M3AE) -> list[tuple[CoAttentionLayer, Projections, CoAttentionLayer, Projections]]:
+    return [
+        (text_layer, separate(text_layer), image_layer, separate(image_layer))
+        for text_layer, image_layer in zip(model.fusion.text_layers, model.fusion.image_layers, strict=True)
+    ]
 
 
 def separate(layer: CoAttentionLayer) -> Projections:

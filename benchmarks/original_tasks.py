@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from original_step import infer, separate
+from original_step import infer, separated
 from torch import Tensor
 
 from fastm3ae import objectives
@@ -51,8 +51,4 @@ LOSSES = {"vqa": vqa, "classification": classification, "retrieval": retrieval}
 
 
 def cls_features(model: M3AE, batch: ImageTextBatch) -> Tensor:
-    layers = [
-        (text_layer, separate(text_layer), image_layer, separate(image_layer))
-        for text_layer, image_layer in zip(model.fusion.text_layers, model.fusion.image_layers, strict=True)
-    ]
-    return infer(model, layers, batch, batch.text_ids_BT, batch.images()).cls_BE
+    return infer(model, separated(model), batch, batch.text_ids_BT, batch.images()).cls_BE

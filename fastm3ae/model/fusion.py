@@ -63,6 +63,11 @@ class CoAttentionLayer(nn.Module):
         q_BQD, (k_BSD, v_BSD) = self.cross_q(x_BQD), self.cross_kv(other_BSD).chunk(2, dim=-1)
         return self.add_mlp(self.add_cross(x_BQD, self._attend(q_BQD, k_BSD, v_BSD, other_is_padding_BS)))
 
+    @property
+    def active_dropout_frac(self) -> float:
+        """Which fraction of the attention's weights is dropped now: none in evaluation."""
+        return self.dropout_frac if self.training else 0.0
+
     def add_self(self, x: Tensor, context: Tensor) -> Tensor:
         """Adds what self-attention gathered to the tokens (..., D), and normalises."""
         return self.self_norm(x + self._drop(self.self_out(context)))
@@ -84,7 +89,7 @@ class CoAttentionLayer(nn.Module):
             q, k, v,
             # Hidden keys weigh exactly 0, as they do with the original's -10000, whose exponential underflows.
             attn_mask=None if is_padding_BS is None else ~is_padding_BS[:, None, None, :],
-            dropout_p=self.dropout_frac if self.training else 0.0,
+            dropout_p=self.active_dropout_frac,
         )  # fmt: skip
         return context_BHQd.transpose(1, 2).flatten(2)
 

@@ -26,12 +26,16 @@ from fastm3ae.model.vision import encode_pixels
 __all__ = [
     "Encoded",
     "Run",
+    "attend_other",
+    "attend_self",
     "call",
     "checkpointed",
     "co_attend",
     "encode_images",
     "encode_texts",
     "fuse",
+    "fuse_on",
+    "heads",
     "maybe_compiled",
 ]
 
@@ -180,24 +184,48 @@ def fuse(
     Returns:
         For each objective, under "text" and "image", the rows that it reads.
     """
-    read: dict[str, dict[str, Tensor]] = {name: {} for name in plan.taken}
+    read = _read(plan, 0, text_SD, image_SD)
+    if plan.layers:
+        pair_text_SD, pair_image_SD = plan.pair_text_rows.of(text_SD), plan.pair_image_rows.of(image_SD)
+        _run_layers(fusion, pair_text_SD, pair_image_SD, plan, 0, read, run)
+    return read
 
-    def take(depth: int, **streams: Tensor) -> None:
-        for name, taken_of in plan.taken.items():
-            for stream, taken in taken_of.items():
-                if taken.depth == depth:
-                    read[name][stream] = taken.rows.of(streams[stream])
 
-    take(0, text=text_SD, image=image_SD)
-    if not plan.layers:
-        return read
-    text_SD, image_SD = plan.pair_text_rows.of(text_SD), plan.pair_image_rows.of(image_SD)
-    for number, layer in enumerate(plan.layers):
+def fuse_on(
+    fusion: CoAttentionFusion, text_QD: Tensor, image_QD: Tensor, plan: Plan, run: Run = call
+) -> dict[str, dict[str, Tensor]]:
+    """Does as ``fuse``, but from what the first layer made of the pairs."""
+    read, first = _read(plan, 1, text_QD, image_QD), plan.layers[0]
+    text_SD, image_SD = text_QD[: first.text.num_whole], image_QD[: first.image.num_whole]
+    _run_layers(fusion, text_SD, image_SD, plan, 1, read, run)
+    return read
+
+
+def _read(plan: Plan, depth: int, text_SD: Tensor, image_SD: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Returns for each objective what it reads at a depth."""
+    streams = {"text": text_SD, "image": image_SD}
+    return {
+        name: {stream: taken.rows.of(streams[stream]) for stream, taken in of.items() if taken.depth == depth}
+        for name, of in plan.taken.items()
+    }
+
+
+def _run_layers(
+    fusion: CoAttentionFusion,
+    text_SD: Tensor,
+    image_SD: Tensor,
+    plan: Plan,
+    first: int,
+    read: dict[str, dict[str, Tensor]],
+    run: Run,
+) -> None:
+    """Runs the layers from number ``first`` on, and adds to ``read`` what is read behind each."""
+    for number, layer in enumerate(plan.layers[first:], first):
         text_QD = run(co_attend, fusion.text_layers[number], text_SD, image_SD, layer.text)
         image_QD = run(co_attend, fusion.image_layers[number], image_SD, text_SD, layer.image)
-        take(number + 1, text=text_QD, image=image_QD)
+        for name, rows in _read(plan, number + 1, text_QD, image_QD).items():
+            read[name] |= rows
         text_SD, image_SD = text_QD[: layer.text.num_whole], image_QD[: layer.image.num_whole]
-    return read
 
 
 def co_attend(
@@ -218,23 +246,40 @@ def co_attend(
     """
     if not stream.is_read:
         return x_SD[:0]
-
-    def heads(x: Tensor, number: int) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (number, layer.num_heads, -1)).unbind(1)
-
-    width, dropout_frac = x_SD.shape[-1], layer.dropout_frac if layer.training else 0.0
     key_SD = stream.key_rows.of(x_SD)
     if stream.is_whole:
-        x_QD = key_SD
-        q, k, v = heads(layer.self_qkv(x_QD), 3)
+        x_QD = attend_self(layer, key_SD, stream.queries, stream.keys)
     else:
-        tail_QD = stream.tail.of(x_SD)
-        x_QD = torch.cat([x_SD[: stream.num_whole], tail_QD]) if stream.num_whole else tail_QD
+        x_QD, width = stream.queries_of(x_SD), x_SD.shape[-1]
         weight, bias = layer.self_qkv.weight, layer.self_qkv.bias
-        (q,) = heads(F.linear(x_QD, weight[:width], bias[:width]), 1)
-        k, v = heads(F.linear(key_SD, weight[width:], bias[width:]), 2)
-    x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, dropout_frac))
-    (q,) = heads(layer.cross_q(x_QD), 1)
-    k, v = heads(layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
-    x_QD = layer.add_cross(x_QD, attend(q, k, v, stream.queries, stream.cross_keys, dropout_frac, memory))
-    return layer.add_mlp(x_QD)
+        (q,) = heads(layer, F.linear(x_QD, weight[:width], bias[:width]), 1)
+        k, v = heads(layer, F.linear(key_SD, weight[width:], bias[width:]), 2)
+        x_QD = layer.add_self(x_QD, attend(q, k, v, stream.queries, stream.keys, layer.active_dropout_frac))
+    (q,) = heads(layer, layer.cross_q(x_QD), 1)
+    k, v = heads(layer, layer.cross_kv(stream.cross_key_rows.of(other_SD)), 2)
+    return attend_other(layer, x_QD, q, k, v, stream, memory)
+
+
+def attend_self(layer: CoAttentionLayer, x_SD: Tensor, queries: Layout, keys: Layout) -> Tensor:
+    """Returns rows that are all queries and keys after self-attention, normalised."""
+    q, k, v = heads(layer, layer.self_qkv(x_SD), 3)
+    return layer.add_self(x_SD, attend(q, k, v, queries, keys, layer.active_dropout_frac))
+
+
+def attend_other(
+    layer: CoAttentionLayer,
+    x_QD: Tensor,
+    q_QHd: Tensor,
+    k_SHd: Tensor,
+    v_SHd: Tensor,
+    stream: StreamPlan,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Returns what ``co_attend`` does, from the queries after self-attention and the other stream's keys and values."""
+    context_QD = attend(q_QHd, k_SHd, v_SHd, stream.queries, stream.cross_keys, layer.active_dropout_frac, memory)
+    return layer.add_mlp(layer.add_cross(x_QD, context_QD))
+
+
+def heads(layer: CoAttentionLayer, x_SX: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Divides so many products one beside the other into heads: (S, H, d) each."""
+    return x_SX.unflatten(-1, (number, layer.num_heads, -1)).unbind(1)

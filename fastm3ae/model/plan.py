@@ -113,6 +113,13 @@ class StreamPlan:
     cross_key_rows: Rows
     is_read: bool
 
+    def queries_of(self, x_SD: Tensor) -> Tensor:
+        """Returns the rows of this stream that are computed."""
+        if self.is_whole:
+            return self.key_rows.of(x_SD)
+        tail_QD = self.tail.of(x_SD)
+        return torch.cat([x_SD[: self.num_whole], tail_QD]) if self.num_whole else tail_QD
+
 
 @dataclass(frozen=True)
 class LayerPlan:

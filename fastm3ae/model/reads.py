@@ -23,7 +23,7 @@ from fastm3ae.model.plan import Images, Read, Reads, Texts
 if TYPE_CHECKING:
     from fastm3ae.model.m3ae import M3AE
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["OBJECTIVES", "Objective", "cls_features", "cls_reads"]
 
 
 @dataclass(frozen=True)
@@ -81,37 +81,38 @@ def _mim_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, ord
     return model.mim_outputs_of_hidden(rows["image"].unflatten(0, (len(batch), -1)), order.restore_BN)
 
 
-def _cls_reads(texts: Texts, images: Images, config: M3AEConfig) -> Reads:
+def cls_reads(texts: Texts, images: Images, config: M3AEConfig) -> Reads:
     """The last features that the poolers read: CLS, or all of an image where the tower (Swin) has no CLS."""
     depth, cls = config.fusion.num_layers, [[0]] * len(images.index)
     return Reads(texts, images, Read(depth, cls), Read(depth, None if config.vision.kind == "swin" else cls))
 
 
-def _cls_features(model: M3AE, rows: Mapping[str, Tensor]) -> Tensor:
+def cls_features(model: M3AE, rows: Mapping[str, Tensor]) -> Tensor:
+    """Returns the pooled features (number of pairs, 2 D) of these rows."""
     text_P1D = rows["text"][:, None]
     return model.pool(text_P1D, rows["image"].unflatten(0, (len(text_P1D), -1)))
 
 
 def _itm_reads(batch: PretrainBatch, config: M3AEConfig) -> Reads:
-    return _cls_reads(_texts(batch), Images(batch.itm_rows_B), config)
+    return cls_reads(_texts(batch), Images(batch.itm_rows_B), config)
 
 
 def _itm_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, order: PatchOrder | None) -> Tensor:
-    return model.itm_head(_cls_features(model, rows))
+    return model.itm_head(cls_features(model, rows))
 
 
 def _pair_reads(batch: ImageTextBatch, config: M3AEConfig) -> Reads:
-    return _cls_reads(_texts(batch), Images(batch.image_rows_B), config)
+    return cls_reads(_texts(batch), Images(batch.image_rows_B), config)
 
 
 def _vqa_head(model: M3AE, rows: Mapping[str, Tensor], batch: ImageTextBatch, order: PatchOrder | None) -> Tensor:
-    return model.vqa_head(_cls_features(model, rows))
+    return model.vqa_head(cls_features(model, rows))
 
 
 def _classification_head(
     model: M3AE, rows: Mapping[str, Tensor], batch: ImageTextBatch, order: PatchOrder | None
 ) -> Tensor:
-    return model.classification_head(_cls_features(model, rows))
+    return model.classification_head(cls_features(model, rows))
 
 
 def _retrieval_reads(batch: RetrievalBatch, config: M3AEConfig) -> Reads:
@@ -119,11 +120,11 @@ def _retrieval_reads(batch: RetrievalBatch, config: M3AEConfig) -> Reads:
     ids_BRT, _, num_tokens_BR = batch.candidates()
     num_texts = ids_BRT.shape[1]
     texts = Texts("candidates", ids_BRT.flatten(0, 1), num_tokens_BR.ravel(), np.arange(len(batch) * num_texts))
-    return _cls_reads(texts, Images(np.repeat(np.arange(len(batch)), num_texts)), config)
+    return cls_reads(texts, Images(np.repeat(np.arange(len(batch)), num_texts)), config)
 
 
 def _retrieval_head(model: M3AE, rows: Mapping[str, Tensor], batch: RetrievalBatch, order: PatchOrder | None) -> Tensor:
-    return model.retrieval_head(_cls_features(model, rows)).view(len(batch), -1)
+    return model.retrieval_head(cls_features(model, rows)).view(len(batch), -1)
 
 
 OBJECTIVES: Mapping[str, Objective] = {
