@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from corpus import WORDS, png
 from models import ANSWERS, CLASSES
 from models import small_batch as task_batch
 from mpma_models import MEMORIES, small_config, small_model
 from runs import TRAIN, write_corpus
 from safetensors.torch import load_file
+from tasks_data import ANSWERS as ANSWER_NAMES
+from tasks_data import write_classes, write_vqa
 from test_mpma_training import command as pretraining
 
 from fastm3ae import objectives
 from fastm3ae.cli import main
 from fastm3ae.config import MPMAConfig, OptimConfig
-from fastm3ae.data.arrow import MELINDA_COLUMNS, VQA_COLUMNS, write_pairs
 from fastm3ae.errors import UserError
 from fastm3ae.model import mpma, packed
 from fastm3ae.model.mpma import MPMA
@@ -211,42 +211,14 @@ def test_mistakes_are_named(name):
 # Whole runs
 
 
-ANSWER_NAMES = ["bright", "dark", "no", "yes"]
-
-
-def question_rows(num):
-    """Image i is of one grey level; whether it is bright is asked in two ways."""
-    for i in range(num):
-        is_bright = i % 2
-        yield {
-            "image": png(40 + 160 * is_bright + i),
-            "questions": [f"chest {WORDS[i % 7]} ?", "large image ?"],
-            "answers": [["bright" if is_bright else "dark"], ["yes" if is_bright else "no"]],
-            "answer_labels": [[0 if is_bright else 1], [3 if is_bright else 2]],
-            "answer_scores": [[1.0], [1.0]],
-            "image_id": f"{i}.png",
-            "question_id": [2 * i, 2 * i + 1],
-            "answer_type": [1, 0],
-            "split": "train",
-        }
-
-
-def class_rows(num):
-    for i in range(num):
-        row = dict.fromkeys(MELINDA_COLUMNS, [i % 3])
-        yield row | {"image": png(20 + 80 * (i % 3)), "caption": [f"knee {WORDS[i % 5]}"], "image_id": f"{i}.png",
-                     "split": "train"}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A pre-trained MPMA, questions and classes."""
     folder = tmp_path_factory.mktemp("tasks")
     write_corpus(folder)
     assert main([*pretraining(folder), "--data.train-transform", "imagenet", "--data.val-transform", "imagenet"]) == 0
-    for split, num in (("train", 12), ("val", 6), ("test", 6)):
-        write_pairs(folder / f"vqa_made_{split}.arrow", question_rows(num), VQA_COLUMNS)
-        write_pairs(folder / f"cls_made_{split}.arrow", class_rows(num), MELINDA_COLUMNS)
+    write_vqa(folder)
+    write_classes(folder)
     return folder
 
 
@@ -265,13 +237,14 @@ def finetune(folder, task, data_set, *arguments, **train):
 def test_questions_after_pre_training(folder, capsys):
     assert finetune(folder, "vqa", "vqa_made", num_steps=120, validate_every_steps=20) == 0
     summary = json.loads((folder / "vqa" / "summary.json").read_text())
-    assert summary["overall_accuracy"] == 1.0  # bright and dark images can be told apart
+    assert summary["closed_accuracy"] > 0.9 > summary["closed_majority_accuracy"]
     config, about = read_about(folder / "vqa" / "checkpoints" / "best")
     assert isinstance(config, MPMAConfig) and config.objectives == ("vqa",) and about["labels"] == ANSWER_NAMES
     assert about["config"]["data"]["val_transform"] == "imagenet"  # as pre-trained, not as the preset has it
     with (folder / "vqa" / "test" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["predicted"] for row in rows] == [row["expected"] for row in rows] and len(rows) == 12
+    scores = [row["predicted"] == row["expected"] for row in rows if row["type"] == "closed"]
+    assert sum(scores) / len(scores) > 0.9 and len(rows) == 16
     assert isinstance(load_model(folder / "vqa" / "checkpoints" / "best"), MPMA)
     assert "new: image_pooler, text_pooler, vqa_head" in capsys.readouterr().out
 
