@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -34,10 +34,13 @@ __all__ = [
     "load_tower_weights",
     "read_about",
     "read_weights",
+    "resolve",
     "resolve_text",
     "save_model",
     "save_weights",
 ]
+
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
 WEIGHTS_FILE = "model.safetensors"
 # What an MPMA has only if an objective reads it, besides the heads.
@@ -55,6 +58,22 @@ class LoadReport(NamedTuple):
 
     new: list[str]
     ignored: list[str]
+
+
+def resolve(config: AnyRun, tokenizer: PreTrainedTokenizerFast) -> AnyRun:
+    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
+
+    Raises:
+        UserError: The longest text would not fit the language tower.
+    """
+    text = resolve_text(config.model.text, tokenizer)
+    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
+    if config.data.max_text_tokens > longest:
+        raise UserError(
+            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
+            f"tokens (model.text.max_positions {text.max_positions})."
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
 def resolve_text(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
