@@ -15,7 +15,7 @@ from mpma_models import MEMORIES, small_config, small_model
 from runs import TRAIN, write_corpus
 from safetensors.torch import load_file
 from tasks_data import ANSWERS as ANSWER_NAMES
-from tasks_data import write_classes, write_vqa
+from tasks_data import vqa_rows, write_classes, write_vqa
 from test_mpma_training import command as pretraining
 
 from fastm3ae import objectives
@@ -25,6 +25,7 @@ from fastm3ae.errors import UserError
 from fastm3ae.model import mpma, packed
 from fastm3ae.model.mpma import MPMA
 from fastm3ae.pretrained import init_model, load_model, read_about, save_model
+from fastm3ae.tasks.predict import Predictor
 from fastm3ae.training.optim import parameter_groups
 
 TASKS = ("vqa", "classification")
@@ -245,6 +246,11 @@ def test_questions_after_pre_training(folder, capsys):
         rows = list(csv.DictReader(file))
     scores = [row["predicted"] == row["expected"] for row in rows if row["type"] == "closed"]
     assert sum(scores) / len(scores) > 0.9 and len(rows) == 16
+    items = list(vqa_rows(8, 200))
+    predictor = Predictor.load(folder / "vqa" / "checkpoints" / "best", "cpu")
+    found = predictor.answer_all([(item["image"], question) for item in items for question in item["questions"]], top=1)
+    for ((answer, probability),), row in zip(found, rows, strict=True):
+        assert answer == row["predicted"] and probability == pytest.approx(float(row["probability"]), abs=1e-6)
     assert isinstance(load_model(folder / "vqa" / "checkpoints" / "best"), MPMA)
     assert "new: image_pooler, text_pooler, vqa_head" in capsys.readouterr().out
 
