@@ -42,11 +42,12 @@ from whole_step import Figure
 
 from fastm3ae.config import M3AEConfig, PretrainConfig
 from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.device import compute_dtype
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.presets import preset
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.flops import count_flops, model_without_values
-from fastm3ae.training.loop import build_step, compute_dtype
+from fastm3ae.training.loop import build_step
 from fastm3ae.training.memory import largest_that_fits
 from fastm3ae.training.profile import measure_matmul
 

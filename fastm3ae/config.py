@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastm3ae.errors import UserError
 from fastm3ae.model_config import (
+    MPMA_PRETRAINING_OBJECTIVES,
     PRETRAINING_OBJECTIVES,
     AlignmentConfig,
     FusionConfig,
@@ -23,6 +24,7 @@ from fastm3ae.model_config import (
 )
 
 __all__ = [
+    "MPMA_PRETRAINING_OBJECTIVES",
     "PRETRAINING_OBJECTIVES",
     "AlignmentConfig",
     "DataConfig",

@@ -1,12 +1,12 @@
 """The configuration of a model: what a checkpoint's header holds, and all that building the model needs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastm3ae.errors import UserError
 
 __all__ = [
+    "MPMA_PRETRAINING_OBJECTIVES",
     "PRETRAINING_OBJECTIVES",
     "AlignmentConfig",
     "FusionConfig",
@@ -21,9 +21,11 @@ __all__ = [
 ]
 
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
-MPMAObjective = Literal["image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment"]
+MPMAObjective = Literal[
+    "image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment", "vqa", "classification"
+]
 PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
-MPMA_OBJECTIVES: tuple[MPMAObjective, ...] = (
+MPMA_PRETRAINING_OBJECTIVES: tuple[MPMAObjective, ...] = (
     "image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment",
 )  # fmt: skip
 
@@ -168,13 +170,7 @@ class M3AEConfig:
         _check_heads("model.fusion", fusion.width, fusion.num_heads)
         _check_heads("model.text", self.text.width, self.text.num_heads)
         _check_heads("model.mim.decoder", self.mim.decoder_width, self.mim.decoder_num_heads)
-        if "vqa" in self.objectives and self.num_answers <= 0:
-            raise UserError(f"model.num_answers must be positive for the objective vqa, got {self.num_answers}.")
-        if "classification" in self.objectives and self.num_classes <= 0:
-            raise UserError(
-                f"model.num_classes must be positive for the objective classification, got {self.num_classes}."
-            )
-        _check_objectives(self.objectives)
+        _check_objectives(self)
 
     @property
     def image_size_px(self) -> int:
@@ -282,11 +278,15 @@ class MPMAConfig:
     masking: Literal["paired", "separate"] = "paired"
     """paired: the report is rebuilt beside the visible patches of its image. separate: beside the whole image, which
     costs a second pass through the vision tower; the control, in which one of the two is masked at a time."""
-    objectives: tuple[MPMAObjective, ...] = MPMA_OBJECTIVES
-    """Which losses there are, and so which heads the model has."""
+    objectives: tuple[MPMAObjective, ...] = MPMA_PRETRAINING_OBJECTIVES
+    """Which losses there are, and so which heads the model has. vqa and classification are for fine-tuning, alone."""
     loss_weights: LossWeightsConfig = field(default_factory=LossWeightsConfig)
     init_std: float = 0.02
     """Standard deviation of initial weights outside of the vision tower and the memory. Source: BERT."""
+    num_answers: int = 0
+    """Answers of the VQA head."""
+    num_classes: int = 0
+    """Classes of the classification head."""
 
     def __post_init__(self) -> None:
         if self.vision.kind == "swin":
@@ -313,8 +313,11 @@ class MPMAConfig:
         for name in ("temperature", "local_temperature"):
             if getattr(self.alignment, name) <= 0:
                 raise UserError(f"model.alignment.{name} must be positive, got {getattr(self.alignment, name)}.")
-        _check_objectives(self.objectives)
-        for name in self.objectives:
+        _check_objectives(self)
+        tasks = [name for name in self.objectives if name not in MPMA_PRETRAINING_OBJECTIVES]
+        if tasks and len(self.objectives) > 1:
+            raise UserError(f"MPMA is trained for {tasks[0]} alone, got model.objectives {self.objectives}.")
+        for name in () if tasks else self.objectives:
             if getattr(self.loss_weights, name) <= 0:
                 raise UserError(
                     f"model.loss_weights.{name} must be positive, got {getattr(self.loss_weights, name)}; to train "
@@ -345,6 +348,10 @@ def _check_heads(name: str, width: int, num_heads: int) -> None:
         raise UserError(f"{name}: the width must be a multiple of the number of heads, got {width} and {num_heads}.")
 
 
-def _check_objectives(names: Sequence[str]) -> None:
+def _check_objectives(model: ModelConfig) -> None:
+    names = model.objectives
     if not names or len(set(names)) != len(names):
         raise UserError(f"model.objectives must name at least one objective, each once, got {names}.")
+    for objective, size in (("vqa", "num_answers"), ("classification", "num_classes")):
+        if objective in names and getattr(model, size) <= 0:
+            raise UserError(f"model.{size} must be positive for the objective {objective}, got {getattr(model, size)}.")

@@ -87,7 +87,7 @@ def itm(logits_B2: Tensor, batch: PretrainBatch, config: M3AEConfig) -> Loss:
     return _cross_entropy(logits_B2, batch.itm_labels_B)
 
 
-def vqa(logits_BA: Tensor, batch: VqaBatch, config: M3AEConfig) -> Loss:
+def vqa(logits_BA: Tensor, batch: VqaBatch, config: ModelConfig) -> Loss:
     """Binary cross entropy with the answers' scores, averaged over samples and answers, times the number of answers.
 
     The metric is the score of the answer with the largest logit.
@@ -101,7 +101,7 @@ def vqa(logits_BA: Tensor, batch: VqaBatch, config: M3AEConfig) -> Loss:
     return Loss(loss, {"score": score_B.sum()})
 
 
-def classification(logits_BC: Tensor, batch: ClassificationBatch, config: M3AEConfig) -> Loss:
+def classification(logits_BC: Tensor, batch: ClassificationBatch, config: ModelConfig) -> Loss:
     """Cross entropy of the class."""
     return _cross_entropy(logits_BC, batch.label_B)
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -34,24 +34,46 @@ __all__ = [
     "load_tower_weights",
     "read_about",
     "read_weights",
+    "resolve",
     "resolve_text",
     "save_model",
     "save_weights",
 ]
 
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
 WEIGHTS_FILE = "model.safetensors"
+# What an MPMA has only if an objective reads it, besides the heads.
+MPMA_OPTIONAL = {"image_proj", "text_proj", "fusion", "image_pooler", "text_pooler"}
 
 
 class LoadReport(NamedTuple):
     """What a checkpoint did not cover.
 
     Args:
-        new: Heads of the model that the checkpoint lacks; they keep their initial weights.
+        new: Parts of the model that only some objectives have, and the checkpoint has not; they keep their initial
+            weights.
         ignored: Tensors of the checkpoint that the model has no place for.
     """
 
     new: list[str]
     ignored: list[str]
+
+
+def resolve(config: AnyRun, tokenizer: PreTrainedTokenizerFast) -> AnyRun:
+    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
+
+    Raises:
+        UserError: The longest text would not fit the language tower.
+    """
+    text = resolve_text(config.model.text, tokenizer)
+    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
+    if config.data.max_text_tokens > longest:
+        raise UserError(
+            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
+            f"tokens (model.text.max_positions {text.max_positions})."
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
 def resolve_text(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
@@ -271,6 +293,8 @@ def load_model(path: Path) -> Model:
 def init_model(model: Model, path: Path) -> LoadReport:
     """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
 
+    MPMA may also lack its fusion in the checkpoint, or the poolers, which it has for tasks alone.
+
     Args:
         model: The model.
         path: One of our checkpoints (its folder or file), or an official .ckpt.
@@ -287,14 +311,16 @@ def init_model(model: Model, path: Path) -> LoadReport:
         ignored = [name for name in leftovers if not unused_by_original(name)]
     state = _resized(state, model)
     own = model.state_dict()
-    new = sorted({name.split(".")[0] for name in own if name.startswith(HEADS) and name not in state})
+    new = {name.split(".")[0] for name in own if name.startswith(HEADS) and name not in state}
+    if model.config.kind == "mpma":
+        new |= MPMA_OPTIONAL & ({name.split(".")[0] for name in own} - {name.split(".")[0] for name in state})
     differences = _differences({n: t for n, t in own.items() if n.split(".")[0] not in new}, state)
     if differences:
         raise UserError(f"{path} is a checkpoint of another architecture: {_some(differences)}.")
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
     if "retrieval_head" in new:
         model.init_retrieval_head()
-    return LoadReport(new, ignored + [name for name in state if name not in own])
+    return LoadReport(sorted(new), ignored + [name for name in state if name not in own])
 
 
 def convert_checkpoint(source: Path, target: Path) -> None:

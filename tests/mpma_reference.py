@@ -23,6 +23,42 @@ def losses(model, batch):
     return found
 
 
+def logits(model, batch):
+    """Of the answers or the classes, from whole images and texts, one pair after another."""
+    found = []
+    for b in range(len(batch)):
+        length = int((~batch.is_padding_BT[b]).sum())
+        image = _shrunk(batch.image_BCHW[b], model.config.image.target_scale)
+        image, _ = _encode_image(model.vision, image, list(range(model.config.vision.num_patches)))
+        text, _ = _encode_report(model.text, batch.text_ids_BT[b, :length])
+        image = model.image_proj(image)
+        text = _fused(model, model.text_proj(text), image[1:])
+        pooled = [
+            torch.tanh(pooler.dense.weight @ x[0] + pooler.dense.bias)
+            for pooler, x in ((model.text_pooler, text), (model.image_pooler, image))
+        ]
+        head = model.vqa_head if model.config.objectives == ("vqa",) else model.classification_head
+        x = head[0](torch.cat(pooled))
+        found.append(head[3](F.gelu(F.layer_norm(x, x.shape, *_affine(head[1]), 1e-5))))
+    return torch.stack(found)
+
+
+def vqa_loss(logits, batch):
+    """Binary cross entropy, one question and one answer at a time."""
+    total = 0
+    for b, row in enumerate(logits):
+        scores = dict(zip(batch.answer_ids_BA[b].tolist(), batch.answer_scores_BA[b].tolist(), strict=True))
+        for answer, logit in enumerate(row):
+            score = scores.get(answer, 0.0)
+            total = total - score * F.logsigmoid(logit) - (1 - score) * F.logsigmoid(-logit)
+    return total / len(logits)
+
+
+def classification_loss(logits, batch):
+    """Cross entropy, one pair at a time."""
+    return -sum(row.log_softmax(0)[label] for row, label in zip(logits, batch.label_B, strict=True)) / len(logits)
+
+
 class _Pair:
     """One pair: its unpadded report, and what the towers make of what the objectives see."""
 
@@ -32,10 +68,7 @@ class _Pair:
         self.labels = batch.mlm_labels_BT[b, :length]
         self.hidden = [t for t in range(length) if self.labels[t] != -100]
         self.target_image = batch.image_BCHW[b]
-        scale = config.image.target_scale
-        image = self.target_image
-        if scale > 1:
-            image = torch.stack([image[:, i::scale, j::scale] for i in range(scale) for j in range(scale)]).mean(0)
+        image = _shrunk(self.target_image, config.image.target_scale)
         num_patches = config.vision.num_patches
         self.order = sorted(range(num_patches), key=lambda n: (float(batch.patch_noise_BN[b, n]), n))
         self.num_kept = int(num_patches * (1 - config.image.patch_frac))
@@ -48,6 +81,10 @@ class _Pair:
         else:
             self.aligned = self.visible, self.masked_report
             self.words = [t for t in range(1, length - 1) if t not in self.hidden]
+
+
+def _shrunk(image, scale):
+    return torch.stack([image[:, i::scale, j::scale] for i in range(scale) for j in range(scale)]).mean(0)
 
 
 def _encode_image(vit, image, patches):
@@ -107,9 +144,16 @@ def _pixel_losses(pair):
 
 def _token_losses(pair):
     """One loss for each hidden token."""
-    model, config, fusion = pair.model, pair.config, pair.model.fusion
-    seen = pair.visible if config.masking == "paired" else pair.whole
-    patches, x = model.image_proj(seen[0][1:]), model.text_proj(pair.masked_report[0])
+    model = pair.model
+    seen = pair.visible if pair.config.masking == "paired" else pair.whole
+    x = _fused(model, model.text_proj(pair.masked_report[0]), model.image_proj(seen[0][1:]))
+    for t in pair.hidden:
+        yield -model.mlm_head(x[t : t + 1])[0].log_softmax(0)[pair.labels[t]]
+
+
+def _fused(model, x, patches):
+    """All tokens of a text behind the last layer."""
+    config, fusion = model.config, model.fusion
     if config.memory == "topk":
         x, patches = (_read_matrix(fusion.topk, y) for y in (x, patches))
     num_heads, width = config.fusion.num_heads, config.fusion.width
@@ -125,8 +169,7 @@ def _token_losses(pair):
         x = F.layer_norm(x + layer.cross_out(read), (width,), *_affine(layer.cross_norm), 1e-12)
         inner = layer.mlp_out(F.gelu(layer.mlp_in(x)))
         x = F.layer_norm(x + inner, (width,), *_affine(layer.mlp_norm), 1e-12)
-    for t in pair.hidden:
-        yield -model.mlm_head(x[t : t + 1])[0].log_softmax(0)[pair.labels[t]]
+    return x
 
 
 def _affine(norm):

@@ -17,7 +17,7 @@ LAYERS = (
     {"configfile", "kernels", "presets"},
     {"masking", "official"},
     {"data"},
-    {"model"},
+    {"device", "model"},
     {"objectives"},
     {"convert", "doctor", "visualize"},
     {"pretrained"},

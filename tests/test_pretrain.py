@@ -137,7 +137,7 @@ MISTAKES = {
     "swin with mim": (["--model.vision.kind", "swin", "--model.vision.patch-size-px", "4"], "Swin"),
     "an objective with labels": (["--model.objectives", "mlm", "vqa", "--model.num-answers", "3"], "names 'vqa'"),
     "two normalisations": (["--data.train-transform", "imagenet"], "must normalise alike"),
-    "unknown device": (["--train.device", "gpu"], "train.device must be"),
+    "unknown device": (["--train.device", "gpu"], "device must be auto"),
     "too long texts": (["--data.max-text-tokens", "64"], "data.max_text_tokens is 64"),
     "missing checkpoint": (["--init-from", "nothing.ckpt"], "nothing.ckpt: there is no such checkpoint file"),
     "too large a batch": (["--train.batch-size", "100"], "100 pairs"),

@@ -19,10 +19,10 @@ from fastm3ae import objectives
 from fastm3ae.cli import main
 from fastm3ae.config import PretrainConfig
 from fastm3ae.configfile import from_dict
+from fastm3ae.device import batch_mover
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training import profile as profiling
 from fastm3ae.training.distributed import Processes
-from fastm3ae.training.loop import batch_mover
 from fastm3ae.training.pretrain import PRETRAINING
 from fastm3ae.training.run import build_loader, resolve_and_build, with_micro_batch
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from fastm3ae.cli.configure import choose
 from fastm3ae.cli.files import convert, doctor, inspect, prepare
+from fastm3ae.cli.predict import predict
 from fastm3ae.cli.runs import evaluate, finetune, official, pretrain, profile
 from fastm3ae.cli.say import say
 from fastm3ae.errors import Interrupted, UserError
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
+    "predict": predict,
     "with": official,
     "profile": profile,
     "prepare": prepare,

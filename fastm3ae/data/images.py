@@ -27,7 +27,9 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official"] = "composite") -> Image.Image:
+def decode_image(
+    source: bytes | memoryview | Image.Image, alpha: Literal["composite", "official"] = "composite"
+) -> Image.Image:
     """Returns the image with 8 bits per level, grey as ``L`` and colour as ``RGB``.
 
     Most radiographs are stored in colour although every pixel is grey; they count as grey, which gives the same squares
@@ -37,7 +39,7 @@ def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official
     frame of an animation or a stack counts. EXIF orientation is ignored, as by the original.
 
     Args:
-        data: An encoded image in any format that Pillow reads.
+        source: An encoded image in any format that Pillow reads, or one that Pillow has opened.
         alpha: What becomes of a transparent image. composite: it is laid over black. official: it is returned as
             ``RGBA``, and the transform weights colours by alpha when it resizes, then drops alpha. Opaque images do not
             depend on this choice.
@@ -51,13 +53,13 @@ def decode_image(data: bytes | memoryview, alpha: Literal["composite", "official
         keeps the colours of transparent pixels, and clips grey levels over 255 to white.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}")
         image.load()
     except UnidentifiedImageError:
-        raise ValueError(f"the image cannot be decoded: its {len(data)} bytes are of no known format") from None
+        raise ValueError(f"the image cannot be decoded: its {len(source)} bytes are of no known format") from None
     except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

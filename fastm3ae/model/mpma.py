@@ -4,6 +4,10 @@ Vision tower on the visible patches alone, language tower on the masked report, 
 read what the towers make: the image is rebuilt from the visible patches by MAE's decoder; the report from its visible
 words, the visible patches and a memory by ``MemoryFusion``; images and reports, and words and patches, are aligned.
 
+Fine-tuned for questions or classes it sees the whole image and the whole text. The text's tokens pass the same fusion
+reading all patches, and CLS of what comes out and CLS of the image are pooled for the head, as M3AE pools its two
+streams. This design is ours: of the paper's downstream models we know no more than that there are multi-modal ones.
+
 Source: Zhang et al., "Multi-task Paired Masking with Alignment Modeling for Medical Vision-Language Pre-training" (IEEE
 TMM 2023, arXiv 2305.07920), as its abstract describes it. There is no public code; ``MPMAConfig`` says of every choice
 whose it is.
@@ -20,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastm3ae.config import MPMAConfig
-from fastm3ae.data.batch import PretrainBatch
+from fastm3ae.data.batch import ImageTextBatch, PretrainBatch
 from fastm3ae.masking import hidden_patches, num_kept_patches, split_patches
 from fastm3ae.model.alignment import GlobalFeatures, GlobalHead, LocalHead, cls_attention
 from fastm3ae.model.freezing import Freezable
-from fastm3ae.model.heads import MIMDecoder, MIMOutputs, MLMHead, MLMOutputs, init_weights
+from fastm3ae.model.heads import AnswerHead, MIMDecoder, MIMOutputs, MLMHead, MLMOutputs, Pooler, init_weights
 from fastm3ae.model.memory_fusion import FusionPlan, MemoryFusion
 from fastm3ae.model.packed import Encoded, Run, call, checkpointed, encode_images, encode_texts, maybe_compiled
 from fastm3ae.model.plan import Images, Plan, Read, Reads, Texts, make_plan
@@ -33,6 +37,8 @@ from fastm3ae.model.text import build_text
 from fastm3ae.model.vision import build_vision
 
 __all__ = ["MPMA", "MPMAPlan", "Sides", "compute"]
+
+TASKS = ("vqa", "classification")
 
 
 class MPMA(Freezable):
@@ -49,9 +55,12 @@ class MPMA(Freezable):
         self.vision = build_vision(vision)
         self.text = build_text(config.text, config.init_std)
         towers = self.vision.num_features, config.text.width
-        if "report_reconstruction" in objectives:
+        is_task = objectives[0] in TASKS
+        is_fused = is_task or "report_reconstruction" in objectives
+        if is_fused:
             self.image_proj = nn.Linear(towers[0], width)
             self.text_proj = nn.Linear(towers[1], width)
+        if "report_reconstruction" in objectives:
             self.mlm_head = MLMHead(width, config.text.vocab_size)
         if "image_reconstruction" in objectives:
             patch_size_px = vision.patch_size_px * config.image.target_scale
@@ -61,10 +70,17 @@ class MPMA(Freezable):
             self.global_head = GlobalHead(*towers, config.alignment)
         if "local_alignment" in objectives:
             self.local_head = LocalHead(*towers, config.alignment)
+        if is_task:
+            self.image_pooler = Pooler(width)
+            self.text_pooler = Pooler(width)
+        if "vqa" in objectives:
+            self.vqa_head = AnswerHead(2 * width, config.num_answers)
+        if "classification" in objectives:
+            self.classification_head = AnswerHead(2 * width, config.num_classes)
         for name, module in self.named_children():
             if name not in ("vision", "text"):
                 module.apply(partial(init_weights, std=config.init_std))
-        if "report_reconstruction" in objectives:
+        if is_fused:
             self.fusion = MemoryFusion(config)
 
     @property
@@ -74,7 +90,7 @@ class MPMA(Freezable):
 
     def forward(
         self,
-        batch: PretrainBatch,
+        batch: ImageTextBatch,
         only: Sequence[str] | None = None,
         checkpoint_activations: bool = False,
         compiled: bool = False,
@@ -98,7 +114,7 @@ class MPMA(Freezable):
             self, batch, plan, names, checkpointed if checkpoint_activations else call
         )
 
-    def embed(self, batch: PretrainBatch) -> GlobalFeatures:
+    def embed(self, batch: ImageTextBatch) -> GlobalFeatures:
         """Returns the features of the whole, unmasked images and reports, for retrieval."""
         plan = MPMAPlan(batch, self.config, is_retrieval=True)
         plan.send(batch.image_BCHW.device)
@@ -110,7 +126,7 @@ class MPMA(Freezable):
         plan.send(batch.image_BCHW.device)
         return self.mlm_head(self._hidden_words(self._encode(batch, plan)["report_reconstruction"], plan, call))
 
-    def _encode(self, batch: PretrainBatch, plan: "MPMAPlan", run: Run = call) -> dict[str, "Sides"]:
+    def _encode(self, batch: ImageTextBatch, plan: "MPMAPlan", run: Run = call) -> dict[str, "Sides"]:
         image_BCHW, config = batch.image_BCHW, self.config
         if config.image.target_scale > 1:
             image_BCHW = F.avg_pool2d(image_BCHW, config.image.target_scale)
@@ -138,7 +154,20 @@ class MPMA(Freezable):
         patches_SD = self.image_proj(sides.image.tokens_SD[:, 1:].flatten(0, 1))
         return self.fusion(self.text_proj(sides.text.tokens_SD), patches_SD, plan.fusion.layers, run)
 
-    def _global_alignment(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> GlobalFeatures:
+    def _vqa(self, sides: "Sides", batch: ImageTextBatch, plan: "MPMAPlan", run: Run) -> Tensor:
+        return self.vqa_head(self._pooled(sides, plan, run))
+
+    def _classification(self, sides: "Sides", batch: ImageTextBatch, plan: "MPMAPlan", run: Run) -> Tensor:
+        return self.classification_head(self._pooled(sides, plan, run))
+
+    def _pooled(self, sides: "Sides", plan: "MPMAPlan", run: Run) -> Tensor:
+        """Returns the pooled features of the texts and the images: (B, 2 D)."""
+        image_BLD = self.image_proj(sides.image.tokens_SD)
+        patches_SD, text_SD = image_BLD[:, 1:].flatten(0, 1), self.text_proj(sides.text.tokens_SD)
+        text_B1D = self.fusion(text_SD, patches_SD, plan.fusion.layers, run)[:, None]
+        return torch.cat([self.text_pooler(text_B1D), self.image_pooler(image_BLD)], dim=-1)
+
+    def _global_alignment(self, sides: "Sides", batch: ImageTextBatch, plan: "MPMAPlan", run: Run) -> GlobalFeatures:
         cls_BD = sides.text.tokens_SD.index_select(0, plan.first_rows.tensor)
         if self.config.alignment.pool == "cls":
             return self.global_head(sides.image.tokens_SD[:, 0], cls_BD)
@@ -156,7 +185,7 @@ class MPMA(Freezable):
         return self.local_head(words_BWD, is_absent_BW, word_weights_BW, image.tokens_SD[:, 1:], patch_weights_BK)
 
 
-def compute(model: MPMA, batch: PretrainBatch, plan: "MPMAPlan", names: Sequence[str], run: Run) -> dict[str, Any]:
+def compute(model: MPMA, batch: ImageTextBatch, plan: "MPMAPlan", names: Sequence[str], run: Run) -> dict[str, Any]:
     """Computes what the plan says, without asking the device for anything: one graph for ``torch.compile``."""
     encoded = model._encode(batch, plan, run)
     return {name: getattr(model, f"_{name}")(encoded[_side_of(name)], batch, plan, run) for name in names}
@@ -178,7 +207,9 @@ class Sides:
 
 
 def _side_of(objective: str) -> str:
-    """The alignments read the same."""
+    """The alignments read the same, and so do the tasks."""
+    if objective in TASKS:
+        return "task"
     return "alignment" if objective.endswith("alignment") else objective
 
 
@@ -187,72 +218,81 @@ class MPMAPlan:
 
     Attributes:
         towers: What is encoded. Nothing is encoded twice.
-        fusion: What the fusion computes.
-        first_rows: At which row each report begins.
+        first_rows: At which row each text begins.
+        fusion: What the fusion computes; None: nothing is fused.
 
     Args:
-        batch: The batch.
+        batch: The batch; one of pre-training where a side of it is to be masked.
         config: The model's configuration.
         is_retrieval: Only whole images and reports are encoded, for alignment.
     """
 
-    def __init__(self, batch: PretrainBatch, config: MPMAConfig, is_retrieval: bool = False) -> None:
-        pairs = np.arange(len(batch))
-        is_full = is_retrieval or config.alignment.view == "full"
-        masked = Texts("masked", batch.mlm_ids_BT, batch.num_tokens_B, pairs)
-        full = Texts("full", batch.text_ids_BT, batch.num_tokens_B, pairs)
-        visible, whole = Images(pairs, visible_only=True), Images(pairs)
-        everything = Read(0)
-        possible = {
-            "image_reconstruction": Reads(masked, visible, image=everything),
-            "report_reconstruction": Reads(
-                masked, visible if config.masking == "paired" else whole, text=everything, image=everything
-            ),
-            "alignment": Reads(
-                full if is_full else masked, whole if is_full else visible, text=everything, image=everything
-            ),
-        }
-        names = ["alignment"] if is_retrieval else dict.fromkeys(map(_side_of, config.objectives))
+    def __init__(self, batch: ImageTextBatch, config: MPMAConfig, is_retrieval: bool = False) -> None:
         num_patches = config.vision.num_patches
         num_kept = num_kept_patches(num_patches, config.image.patch_frac)
+        is_full = is_retrieval or config.alignment.view == "full"
+        sides = ["alignment"] if is_retrieval else list(dict.fromkeys(map(_side_of, config.objectives)))
         self.towers: Plan = make_plan(
-            {name: possible[name] for name in names},
+            {side: _reads(side, batch, config, is_full) for side in sides},
             num_images=len(batch),
             num_whole_tokens=1 + num_patches,
             num_visible_tokens=1 + num_kept,
             shares_texts=True,
         )
-        texts = Layout(batch.num_tokens_B)
-        starts_B, num_tokens = texts.ends.array[:-1], batch.text_ids_BT.shape[1]
+        texts, num_layers = Layout(batch.num_tokens_B), config.fusion.num_layers
+        starts_B = texts.ends.array[:-1]
         self.first_rows = Index(starts_B)
-        masked_pair_M, masked_position_M = np.divmod(batch.masked_rows_M, num_tokens)
-        num_seen = num_kept if config.masking == "paired" else num_patches
-        self.fusion = FusionPlan(
-            texts,
-            Layout(np.full(len(batch), num_seen)),
-            starts_B[masked_pair_M] + masked_position_M,
-            np.bincount(masked_pair_M, minlength=len(batch)),
-            config.fusion.num_layers,
-        )
-        # The words that are aligned: no CLS, no SEP, and none that is hidden.
-        position_T = np.arange(num_tokens)
+        self._indices = [*self.towers.indices(), self.first_rows]
+        self.fusion: FusionPlan | None = None
+        if "task" in sides:
+            images = Layout(np.full(len(batch), num_patches))
+            self.fusion = FusionPlan(texts, images, starts_B, np.ones(len(batch), np.int64), num_layers)
+        elif "report_reconstruction" in sides:
+            images = Layout(np.full(len(batch), num_kept if config.masking == "paired" else num_patches))
+            pair_M, position_M = _hidden_positions(batch)
+            num_hidden_B = np.bincount(pair_M, minlength=len(batch))
+            self.fusion = FusionPlan(texts, images, starts_B[pair_M] + position_M, num_hidden_B, num_layers)
+        if self.fusion is not None:
+            self._indices += self.fusion.indices()
+        if "alignment" in sides:
+            self._plan_words(batch, starts_B, is_full)
+
+    def _plan_words(self, batch: ImageTextBatch, starts_B: np.ndarray, is_full: bool) -> None:
+        """Finds the words that are aligned: no CLS, no SEP, and none that is hidden."""
+        position_T = np.arange(batch.text_ids_BT.shape[1])
         is_word_BT = (position_T > 0) & (position_T < batch.num_tokens_B[:, None] - 1)
         if not is_full:
-            is_word_BT[masked_pair_M, masked_position_M] = False
+            is_word_BT[_hidden_positions(batch)] = False
         num_words_B = is_word_BT.sum(axis=1)
         self._num_columns = max(1, int(num_words_B.max(initial=0)))
         position_BW = np.argsort(~is_word_BT, axis=1, kind="stable")[:, : self._num_columns]
         is_there_BW = np.arange(self._num_columns) < num_words_B[:, None]
         self._words = Index((starts_B[:, None] + position_BW * is_there_BW).ravel())  # CLS stands in for absent ones
         self._num_words = Index(num_words_B)
+        self._indices += [self._words, self._num_words]
 
     def send(self, device: torch.device) -> None:
         """Copies what the device needs at once."""
-        indices = [*self.towers.indices(), *self.fusion.indices(), self.first_rows, self._words, self._num_words]
-        send(indices, device)
+        send(self._indices, device)
 
     def words_of(self, x_SX: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of the words that are aligned, (B, W, ...), and where there is none, (B, W)."""
         x_BWX = x_SX.index_select(0, self._words.tensor).unflatten(0, (-1, self._num_columns))
         column_W = torch.arange(self._num_columns, device=x_SX.device)
         return x_BWX, column_W >= self._num_words.tensor[:, None]
+
+
+def _reads(side: str, batch: ImageTextBatch, config: MPMAConfig, is_full: bool) -> Reads:
+    """Returns what a side sees, and that it reads all of it; ``is_full``: alignment sees everything."""
+    sees_all = side == "task" or (side == "alignment" and is_full)
+    sees_image = sees_all or (side == "report_reconstruction" and config.masking == "separate")
+    pairs, everything = np.arange(len(batch)), Read(0)
+    ids_BT = batch.text_ids_BT if sees_all else batch.mlm_ids_BT
+    texts = Texts("full" if sees_all else "masked", ids_BT, batch.num_tokens_B, pairs)
+    text = None if side == "image_reconstruction" else everything
+    return Reads(texts, Images(pairs, visible_only=not sees_image), text=text, image=everything)
+
+
+def _hidden_positions(batch: PretrainBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pair of each hidden token, and its position in the report."""
+    return np.divmod(batch.masked_rows_M, batch.text_ids_BT.shape[1])

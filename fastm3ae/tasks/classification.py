@@ -32,9 +32,13 @@ class ClassificationTask(ChoiceTask):
         """Returns the model's configuration with the head of the classes alone."""
         return dataclasses.replace(model, objectives=("classification",), num_classes=len(self.labels))
 
+    def probabilities(self, logits_BA: Tensor) -> Tensor:
+        """Returns the probability of each class; they add up to 1."""
+        return logits_BA.softmax(dim=-1)
+
     def items(self, output: Tensor, batch: ClassificationBatch) -> list[Item]:
         """Returns an item for each pair of a batch."""
-        probability_B, predicted_B = (x_B.tolist() for x_B in output.float().softmax(dim=-1).max(dim=-1))
+        predicted_B, probability_B = (x_B1[:, 0].tolist() for x_B1 in self.choices(output))
         found = zip(
             batch.pairs, batch.item_ids, batch.texts, batch.label_B.tolist(), predicted_B, probability_B, strict=True
         )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,11 +13,23 @@ from fastm3ae.errors import UserError
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.task import NUM_HARDEST, Item, Task
 
-__all__ = ["ChoiceTask", "check_labels", "read_labels"]
+__all__ = ["ChoiceTask", "Chosen", "check_labels", "read_labels"]
 
 NUM_EXAMPLES = 3
 
 Labelled = VqaDataset | ClassificationDataset
+
+
+class Chosen(NamedTuple):
+    """The best labels of each item, the best first.
+
+    Args:
+        labels: (B, number of labels) int64.
+        probabilities: (B, number of labels) float32.
+    """
+
+    labels: Tensor
+    probabilities: Tensor
 
 
 class ChoiceTask(Task):
@@ -43,6 +55,22 @@ class ChoiceTask(Task):
         dataset = super().dataset(split)
         check_labels(dataset, self.labels, "the model")
         return dataset
+
+    def choices(self, output: Tensor, num: int = 1) -> Chosen:
+        """Returns the labels with the largest logits, and their probabilities.
+
+        Args:
+            output: The logits, (B, number of labels).
+            num: How many labels, at most.
+        """
+        logits_BA = output.float()
+        # Of the logits: probabilities of 1 may be equal where these are not.
+        best = logits_BA.sort(dim=-1, descending=True, stable=True).indices[:, :num]
+        return Chosen(best, self.probabilities(logits_BA).gather(1, best))
+
+    @abstractmethod
+    def probabilities(self, logits_BA: Tensor) -> Tensor:
+        """Returns the probability of each label: (B, number of labels)."""
 
     @abstractmethod
     def row(self, item: Item) -> dict[str, Any]:

@@ -48,9 +48,13 @@ class VqaTask(ChoiceTask):
         """Returns the model's configuration with the head of the answers alone."""
         return dataclasses.replace(model, objectives=("vqa",), num_answers=len(self.labels))
 
+    def probabilities(self, logits_BA: Tensor) -> Tensor:
+        """Returns for each answer how probable it is that it is right, whatever the others."""
+        return logits_BA.sigmoid()
+
     def items(self, output: Tensor, batch: VqaBatch) -> list[Item]:
         """Returns an item for each question of a batch."""
-        probability_B, predicted_B = (x_B.tolist() for x_B in output.float().sigmoid().max(dim=-1))
+        predicted_B, probability_B = (x_B1[:, 0].tolist() for x_B1 in self.choices(output))
         found = zip(
             batch.pairs, batch.item_ids, batch.question_ids, batch.texts, batch.is_open_B.tolist(), batch.answers,
             batch.answer_ids_BA.tolist(), batch.answer_scores_BA.tolist(), predicted_B, probability_B, strict=True,

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastm3ae.device import pick_device
 from fastm3ae.errors import UserError
 
-__all__ = ["Processes", "pick_device"]
+__all__ = ["Processes"]
 
 Value = TypeVar("Value")
 
@@ -140,33 +141,6 @@ class Processes:
         if isinstance(answer[0], UserError):
             raise answer[0] if self.is_first else SystemExit(2)
         return answer[0]
-
-
-def pick_device(name: str, local_rank: int = 0, number_here: int = 1) -> torch.device:
-    """Returns this process's device of those on its machine: one GPU each, or the CPU for all.
-
-    Args:
-        name: "auto", "cpu", "cuda" or "cuda:N".
-        local_rank: Number of this process among those on its machine.
-        number_here: How many these are.
-
-    Raises:
-        UserError: The device is unknown or not here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"train.device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
-    if device.type != "cuda":
-        return device
-    num_gpus = torch.cuda.device_count()
-    if not torch.cuda.is_available():
-        raise UserError(f"train.device is {name!r}, but torch {torch.__version__} sees no GPU here.")
-    if number_here > num_gpus:
-        raise UserError(f"{number_here} processes were started here, one for each GPU, but torch sees {num_gpus}.")
-    return device if device.index is not None and number_here == 1 else torch.device("cuda", local_rank)
 
 
 def _meet(device: torch.device) -> None:

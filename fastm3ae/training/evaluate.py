@@ -9,17 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
-from fastm3ae.configfile import from_dict, to_dict
+from fastm3ae.configfile import to_dict
 from fastm3ae.data.loader import transform_of
-from fastm3ae.data.text import load_tokenizer
-from fastm3ae.errors import UserError
-from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import has_tokenizer, init_model, read_about
+from fastm3ae.device import autocast_context, batch_mover, pick_device
+from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned
 from fastm3ae.tasks.evaluation import About, Evaluation, write_evaluation
 from fastm3ae.tasks.registry import make_task
-from fastm3ae.training.distributed import pick_device
-from fastm3ae.training.loop import autocast_context, batch_mover
-from fastm3ae.training.run import resolve
 from fastm3ae.training.run_folder import environment
 
 __all__ = ["evaluate"]
@@ -37,19 +32,15 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
     Raises:
         UserError: The checkpoint or the data cannot be read or do not fit each other.
     """
-    about = read_about(checkpoint)[1]
     if run is not None:
         about = {"config": to_dict(run), "weights_were_random": False}
         task = make_task(run)
-    elif "task" in about.get("config", {}):
-        run = _as_asked(from_dict(FinetuneConfig(), about["config"]), checkpoint, config)
-        task = make_task(run, about)
     else:
-        raise UserError(f"{checkpoint} was not fine-tuned for a task: fastm3ae finetune makes such checkpoints.")
+        run, about = read_finetuned(checkpoint)
+        run = _as_asked(run, config)
+        task = make_task(run, about)
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    run = resolve(dataclasses.replace(run, model=task.with_head(run.model)), tokenizer)
-    model = _load(checkpoint, run, device)
+    run, tokenizer, model = load_finetuned(checkpoint, run, task, device)
     workers = min(config.num_workers, os.cpu_count() or 1)
     loader = task.loader(run, tokenizer, config.split, num_workers=workers, is_training=False)
     autocast, to_device = autocast_context(run.train, device), batch_mover(run.data, device)
@@ -88,10 +79,8 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
     return evaluation
 
 
-def _as_asked(run: FinetuneConfig, checkpoint: Path, config: EvaluateConfig) -> FinetuneConfig:
+def _as_asked(run: FinetuneConfig, config: EvaluateConfig) -> FinetuneConfig:
     """Returns a checkpoint's training with what the evaluation changes."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    tokenizer = config.tokenizer or (str(folder) if has_tokenizer(folder) else run.data.tokenizer)
     size = config.image_size_px or run.model.vision.image_size_px
     return dataclasses.replace(
         run,
@@ -100,17 +89,9 @@ def _as_asked(run: FinetuneConfig, checkpoint: Path, config: EvaluateConfig) -> 
             run.data,
             root=config.root or run.data.root,
             datasets=config.datasets or run.data.datasets,
-            tokenizer=tokenizer,
+            tokenizer=config.tokenizer or run.data.tokenizer,
             max_text_tokens=config.max_text_tokens or run.data.max_text_tokens,
             on_bad_sample=config.on_bad_sample,
         ),
         train=dataclasses.replace(run.train, batch_size=config.batch_size, precision=config.precision),
     )
-
-
-def _load(checkpoint: Path, run: FinetuneConfig, device: torch.device) -> Model:
-    model = build_model(run.model)
-    report = init_model(model, checkpoint)
-    if report.new:
-        raise UserError(f"{checkpoint} lacks {', '.join(report.new)}, which {run.task.kind} needs.")
-    return model.to(device).eval()

@@ -28,13 +28,16 @@ from fastm3ae.training.job import Job
 from fastm3ae.training.launch import is_one_of_several
 from fastm3ae.training.run import run
 
-__all__ = ["finetune", "finetune_seeds", "start_from"]
+__all__ = ["check_task", "finetune", "finetune_seeds", "start_from"]
 
 TOWERS = ("vision", "text")
 
 
 def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
     """Returns the configuration with a checkpoint's model and tokenizer; the size of the images stays.
+
+    If the checkpoint's images were normalised by other statistics (MAE's tower has ImageNet's), its transform is taken,
+    in training too.
 
     Args:
         config: The run, as a preset has it.
@@ -44,7 +47,7 @@ def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
         UserError: There is no such checkpoint, or it can't be read.
     """
     path = Path(checkpoint)
-    model, _ = read_about(path)
+    model, about = read_about(path)
     config = dataclasses.replace(config, init_from=checkpoint)
     if model is None:
         return config
@@ -55,6 +58,9 @@ def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
         text=dataclasses.replace(model.text, weights="random"),
     )
     data = dataclasses.replace(config.data, tokenizer=str(path)) if has_tokenizer(path) else config.data
+    transform = about["config"]["data"]["val_transform"] if "config" in about else data.val_transform
+    if transform != data.val_transform:
+        data = dataclasses.replace(data, train_transform=transform, val_transform=transform)
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -73,6 +79,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     """
     processes = Processes(config.train.device)
     config = processes.from_first(lambda: config)
+    check_task(config)
     task = make_task(config)
     config = dataclasses.replace(config, model=task.with_head(config.model))
     job = Job(
@@ -90,6 +97,20 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
             summary |= {f"test_{name}": interval.value for name, interval in evaluation.metrics.items()}
     processes.close()
     return summary
+
+
+def check_task(config: FinetuneConfig) -> None:
+    """Checks that the model can be fine-tuned for the task.
+
+    Raises:
+        UserError: It cannot; it says what to do instead.
+    """
+    if config.model.kind == "mpma" and config.task.kind == "retrieval":
+        raise UserError(
+            "MPMA finds images and texts by its global alignment, without fine-tuning for retrieval: measure it by "
+            "fastm3ae evaluate CHECKPOINT --task retrieval, or train it on by fastm3ae pretrain --config "
+            "RUN/config.yaml --init-from CHECKPOINT --model.objectives global_alignment local_alignment."
+        )
 
 
 def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:

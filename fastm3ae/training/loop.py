@@ -1,10 +1,8 @@
 """Training: plain PyTorch, batch after batch, into a run folder."""
 
-import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,11 +10,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import DataConfig, RunConfig, TrainConfig
+from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.batch import ImageTextBatch
-from fastm3ae.data.images import normalization, normalize
+from fastm3ae.data.images import normalization
 from fastm3ae.data.loader import Loader
+from fastm3ae.device import autocast_context, batch_mover, compute_dtype
 from fastm3ae.errors import Interrupted, UserError
 from fastm3ae.model.build import Model
 from fastm3ae.training.checkpoint import Checkpointer
@@ -29,31 +28,7 @@ from fastm3ae.training.meter import Meter
 from fastm3ae.training.run_folder import RunFolder
 from fastm3ae.training.step import OptimizerStep
 
-__all__ = ["Trainer", "autocast_context", "batch_mover", "build_step", "compute_dtype"]
-
-
-def compute_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
-    """Returns in which type the model multiplies: the configured one on a GPU, float32 on a CPU."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return dtypes[train.precision] if device.type == "cuda" else torch.float32
-
-
-def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Returns what makes the context in which the model computes: autocast on a GPU, nothing in float32."""
-    dtype = compute_dtype(train, device)
-    return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
-
-
-def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageTextBatch], ImageTextBatch]:
-    """Returns what copies a batch to the device and normalises its images there."""
-    mean, std = (statistic.to(device) for statistic in normalization(data.val_transform))
-
-    def move(batch: ImageTextBatch) -> ImageTextBatch:
-        batch = batch.to(device, non_blocking=True)
-        images = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
-        return dataclasses.replace(batch, **{name: normalize(getattr(batch, name), mean, std) for name in images})
-
-    return move
+__all__ = ["Trainer", "build_step"]
 
 
 def build_step(config: RunConfig, model: Model, num_steps: int, processes: Processes) -> OptimizerStep:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastm3ae.config import PRETRAINING_OBJECTIVES, PretrainConfig
+from fastm3ae.config import MPMA_PRETRAINING_OBJECTIVES, PRETRAINING_OBJECTIVES, PretrainConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.loader import pretrain_loader
 from fastm3ae.errors import UserError
@@ -44,11 +44,12 @@ def check_objectives(config: PretrainConfig) -> None:
     Raises:
         UserError: An objective is not one of pre-training.
     """
-    others = [name for name in config.model.objectives if name not in PRETRAINING_OBJECTIVES]
-    if others and config.model.kind == "m3ae":
+    known = PRETRAINING_OBJECTIVES if config.model.kind == "m3ae" else MPMA_PRETRAINING_OBJECTIVES
+    others = [name for name in config.model.objectives if name not in known]
+    if others:
         raise UserError(
             f"model.objectives names {others[0]!r}, which is no objective of pre-training; "
-            f"expected some of {', '.join(PRETRAINING_OBJECTIVES)}."
+            f"expected some of {', '.join(known)}."
         )
 
 

@@ -23,12 +23,13 @@ from fastm3ae import objectives
 from fastm3ae.config import PretrainConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.loader import Loader
+from fastm3ae.device import batch_mover, compute_dtype
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.flops import DIRECTIONS, PARTS, Flops, count_flops, model_without_values
 from fastm3ae.training.launch import is_one_of_several
-from fastm3ae.training.loop import batch_mover, build_step, compute_dtype
+from fastm3ae.training.loop import build_step
 from fastm3ae.training.memory import explain_full_memory
 from fastm3ae.training.pretrain import PRETRAINING, check_objectives
 from fastm3ae.training.run import build_loader, resolve_and_build, with_micro_batch

@@ -16,22 +16,23 @@ from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.loader import Loader, Place
 from fastm3ae.data.text import load_tokenizer
+from fastm3ae.device import autocast_context
 from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
 from fastm3ae.model.attention import backends
 from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import init_model, load_tower_weights, read_about, resolve_text
+from fastm3ae.pretrained import init_model, load_tower_weights, read_about, resolve
 from fastm3ae.training.checkpoint import Checkpointer, load_training_state
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.job import Job
-from fastm3ae.training.loop import Trainer, autocast_context
+from fastm3ae.training.loop import Trainer
 from fastm3ae.training.memory import fit_micro_batch
 from fastm3ae.training.resume import check_same_run, find_checkpoint
 from fastm3ae.training.run_folder import RunFolder
 
 COMPILERS = ("g++", "c++", "clang++")  # where torch.compile looks, besides CXX
 
-__all__ = ["build_loader", "check_device", "resolve", "resolve_and_build", "run", "with_micro_batch"]
+__all__ = ["build_loader", "check_device", "resolve_and_build", "run", "with_micro_batch"]
 
 
 def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | None:
@@ -116,22 +117,6 @@ def resolve_and_build(config: RunConfig, processes: Processes) -> tuple[RunConfi
     check_device(config, processes)
     torch.manual_seed(config.seed)
     return config, tokenizer, build_model(config.model).to(processes.device)
-
-
-def resolve(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> RunConfig:
-    """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
-
-    Raises:
-        UserError: The longest text would not fit the language tower.
-    """
-    text = resolve_text(config.model.text, tokenizer)
-    longest = text.max_positions - (2 if text.kind == "roberta" else 0)
-    if config.data.max_text_tokens > longest:
-        raise UserError(
-            f"data.max_text_tokens is {config.data.max_text_tokens}, but the language tower takes at most {longest} "
-            f"tokens (model.text.max_positions {text.max_positions})."
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
 def check_device(config: RunConfig, processes: Processes) -> None:
