@@ -341,6 +341,7 @@ def test_real_layouts(shared, tmp_path):
 def test_sources_name_every_function():
     pretraining = {"roco", "medicat", "irtr-roco", "mimic-cxr", "openi"}
     downstream = {"vqa-rad", "slake", "slack", "medvqa-2019", "melinda"}
-    assert set(SOURCES) == pretraining | downstream | {"csv", "jsonl", "folder"}
+    uni_modal = {"chexpert", "nih", "rsna", "siim"}
+    assert set(SOURCES) == pretraining | downstream | uni_modal | {"csv", "jsonl", "folder"}
     assert SOURCES["slack"] is SOURCES["slake"] and len(set(SOURCES.values())) == len(SOURCES) - 1
     assert all(source.__doc__ for source in SOURCES.values())

@@ -21,8 +21,10 @@ from fastm3ae.errors import UserError, nearest
 
 __all__ = [
     "CAPTION_COLUMNS",
+    "IMAGE_LABEL_COLUMNS",
     "MELINDA_COLUMNS",
     "MIMIC_CXR_COLUMNS",
+    "SEGMENTATION_COLUMNS",
     "VQA_COLUMNS",
     "ArrowTable",
     "dataset_files",
@@ -63,6 +65,17 @@ MELINDA_COLUMNS = {
     "split": "string",
 }
 """Columns of MELINDA: captions with the experiments' methods as classes, in four ways."""
+
+IMAGE_LABEL_COLUMNS = {"image": "binary", "labels": "list<int>", "image_id": "string", "split": "string"}
+"""Columns of images with labels and without texts: 0 or 1 for every class, in the order of the file's ``facts``."""
+SEGMENTATION_COLUMNS = {
+    "image": "binary",
+    "mask": "binary",
+    "labels": "list<int>",
+    "image_id": "string",
+    "split": "string",
+}
+"""The same with a mask, a PNG of the image's size with the levels 0 and 255; all 0 where there is no finding."""
 
 BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch; a small batch keeps writing light.
 
@@ -106,8 +119,8 @@ class ArrowTable:
             columns: Kind of each column that will be read, by name.
 
         Raises:
-            UserError: A file cannot be read, a column is missing or of another kind, or a value of a column other than
-                ``image`` is null. (A null image is a bad row, not a bad file: ``image_bytes`` reports it.)
+            UserError: A file cannot be read, a column is missing or of another kind, or a value that is no image is
+                null. (A null image is a bad row, not a bad file: ``image_bytes`` reports it.)
         """
         table = cls(paths)
         for batch in table._batches:
@@ -134,17 +147,17 @@ class ArrowTable:
         """Returns a whole column as Python objects, in the order of the rows."""
         return [value for batch in self._batches for value in batch.rows.column(name).to_pylist()]
 
-    def image_bytes(self, index: int) -> memoryview:
-        """Returns an image's encoded bytes where they lie in the mapped file, without a copy.
+    def image_bytes(self, index: int, column: str = "image") -> memoryview:
+        """Returns the encoded bytes of an image (or mask) where they lie in the mapped file, without a copy.
 
         Raises:
             ValueError: The row has no image.
         """
         batch, row = self._find(index)
-        buffer = batch.rows.column("image")[row].as_buffer()
-        if buffer is None:
-            raise ValueError("the row has no image (null)")
-        return memoryview(buffer).cast("B")
+        value = batch.rows.column(column)[row]
+        if not value.is_valid:
+            raise ValueError(f"the row has no {column} (null)")
+        return memoryview(value.as_buffer()).cast("B")
 
     def fingerprint(self, columns: Iterable[str]) -> str:
         """Returns the SHA-256 of the columns' values, row by row, with the size of an image in its place.
@@ -153,7 +166,8 @@ class ArrowTable:
         """
         digest, names = hashlib.sha256(), sorted(columns)
         for batch in self.batches:
-            values = [pc.binary_length(batch.column(name)) if name == "image" else batch.column(name) for name in names]
+            arrays = (batch.column(name) for name in names)
+            values = (pc.binary_length(array) if _IS_KIND["binary"](array.type) else array for array in arrays)
             for row in zip(*(array.to_pylist() for array in values), strict=True):
                 digest.update(json.dumps(row).encode())
         return digest.hexdigest()
@@ -162,7 +176,7 @@ class ArrowTable:
         """Returns for each file, by name, what its preparation wrote down; nothing for a file of another origin.
 
         Of questions and of classes that is ``options``, by name, and ``classes``: for each column of labels what the
-        label 0, 1, ... stands for.
+        label 0, 1, ... (in a column of one 0 or 1 for every class, the first, second, ... of them) stands for.
 
         Raises:
             UserError: What is written down cannot be read.
@@ -314,7 +328,7 @@ def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _check_batch(batch: _Batch, columns: Mapping[str, str]) -> None:
-    """Raises a UserError unless the batch has the columns, of their kinds, intact and (but for ``image``) not null."""
+    """Raises a UserError unless the batch has the columns, of their kinds, intact and (but for images) not null."""
     rows, path, first_row = batch
     try:
         names = rows.schema.names
@@ -331,7 +345,7 @@ def _check_batch(batch: _Batch, columns: Mapping[str, str]) -> None:
             array.validate(full=True)
         except pa.ArrowInvalid as error:
             raise UserError(f"{path} is damaged in column {name!r}: {error}.") from None
-        if name != "image" and _has_nulls(array):
+        if kind != "binary" and _has_nulls(array):
             row = first_row + next(i for i, value in enumerate(array.to_pylist()) if _is_or_holds_none(value))
             raise UserError(f"{path}, row {row}: column {name!r} is null or holds a null; expected {kind}.")
 

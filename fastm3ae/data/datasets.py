@@ -1,5 +1,6 @@
-"""What an arrow file's rows mean: items are pairs of an image and one of its texts, in the files' order."""
+"""What an arrow file's rows mean: items are images, or pairs of an image and one of its texts, in the files' order."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,131 @@ from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.data.images import decode_image
 from fastm3ae.errors import BadSample, UserError
 
-__all__ = ["ClassificationDataset", "PairDataset", "VqaDataset"]
+__all__ = ["ClassificationDataset", "ImageDataset", "PairDataset", "VqaDataset"]
 
 
-class PairDataset:
+class _RowsOfImages:
+    """Rows of several files joined, each with an image and its id.
+
+    Args:
+        files: Arrow files, one per data set.
+        columns: Kinds of the columns that will be read beside the image and its id, by name.
+        alpha: What happens to transparent images (``DataConfig.alpha``).
+    """
+
+    def __init__(
+        self, files: Sequence[Path], columns: Mapping[str, str], alpha: Literal["composite", "official"]
+    ) -> None:
+        columns = {"image": "binary", "image_id": "string", **columns}
+        self.table = ArrowTable.open(files, columns)
+        self.columns, self.alpha = tuple(columns), alpha
+        self._first_row_of_file = np.cumsum([0] + [len(ArrowTable([file])) for file in files])
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns for each file, by name, the SHA-256 of texts, ids, labels and image sizes; no image is read."""
+        return {path.name: ArrowTable([path]).fingerprint(self.columns) for path in self.table.paths}
+
+    def _image(self, row: int, column: str = "image") -> Image.Image:
+        """Returns a row's image (or what else is an image), decoded; raises a BadSample if it cannot be."""
+        try:
+            return decode_image(self.table.image_bytes(row, column), self.alpha)
+        except ValueError as error:
+            raise self._bad_sample(row, f"the {column} cannot be used: {error}") from error
+
+    def _bad_sample(self, row: int, reason: str) -> BadSample:
+        return BadSample(*self.table.locate(row), self.table.row(row, "image_id"), reason)
+
+    def _notes(self, num_items_of_files: Sequence[int], item: str) -> list[str]:
+        """Returns a remark on each file without an item; raises a UserError if no file has one."""
+        files = zip(self.table.paths, num_items_of_files, strict=True)
+        empty = [str(file) for file, num_items in files if not num_items]
+        if len(empty) == len(self.table.paths):
+            raise UserError(f"There is no {item} in {', '.join(empty)}; expected at least one.")
+        return [f"{file} holds no {item}." for file in empty]
+
+
+class ImageDataset(_RowsOfImages):
+    """Images with labels and, for segmentation, masks; without texts.
+
+    Attributes:
+        labels: (num_images, num_classes) int8, 0 or 1 for each class.
+        class_names: The classes, in the order of the labels.
+        has_masks: Whether each image has a mask.
+        notes: Remarks for the user's log, such as a file without an image.
+
+    Args:
+        files: Arrow files, one per data set, with the same classes.
+        alpha: What happens to transparent images (``DataConfig.alpha``).
+
+    Raises:
+        UserError: A file cannot be read, lacks a column, does not name its classes or names others than the first, a
+            row has not one 0 or 1 for each class, or none of the files holds an image.
+    """
+
+    def __init__(self, files: Sequence[Path], alpha: Literal["composite", "official"] = "composite") -> None:
+        self.has_masks = "mask" in ArrowTable(files).batches[0].schema.names
+        super().__init__(files, {"labels": "list<int>", **({"mask": "binary"} if self.has_masks else {})}, alpha)
+        self.class_names = self._class_names()
+        labels = self.table.column("labels")
+        for row, values in enumerate(labels):
+            if len(values) != len(self.class_names) or not set(values) <= {0, 1}:
+                file, row_in_file = self.table.locate(row)
+                raise UserError(
+                    f"{file}, row {row_in_file}: the labels are {values}, expected a 0 or 1 for each of the "
+                    f"{len(self.class_names)} classes ({', '.join(self.class_names)})."
+                )
+        self.labels = np.array(labels, dtype=np.int8).reshape(-1, len(self.class_names))
+        self.notes = self._notes(np.diff(self._first_row_of_file), "image")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def image_id(self, index: int) -> str:
+        """Returns an image's id."""
+        return self.table.row(index, "image_id")
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an image, decoded.
+
+        Raises:
+            BadSample: The bytes are no image that can be decoded.
+        """
+        return self._image(index)
+
+    def mask(self, index: int) -> Image.Image:
+        """Returns an image's mask: ``L``, of the image's size, 255 where the finding is and 0 elsewhere.
+
+        Raises:
+            BadSample: There is no such mask, or it is not of the image's size.
+        """
+        mask = self._image(index, "mask")
+        levels = mask.getcolors(2) if mask.mode == "L" else None
+        if levels is None or not {level for _, level in levels} <= {0, 255}:
+            raise self._bad_sample(index, f"the mask has other levels than 0 and 255, or colours (mode {mask.mode})")
+        try:
+            with Image.open(io.BytesIO(self.table.image_bytes(index))) as image:  # reads no more than its header
+                size = image.size
+        except (OSError, ValueError) as error:
+            raise self._bad_sample(index, f"the image cannot be used: {error}") from error
+        if mask.size != size:
+            sizes = f"{mask.width} x {mask.height}, not {size[0]} x {size[1]}"
+            raise self._bad_sample(index, f"the mask is not of the image's size: {sizes}")
+        return mask
+
+    def _class_names(self) -> list[str]:
+        """Returns the classes that the files name."""
+        classes = {name: facts.get("classes", {}).get("labels") for name, facts in self.table.facts().items()}
+        (first, names), *others = classes.items()
+        for file, found in classes.items():
+            if not found:
+                raise UserError(f"{file} does not name the classes of its labels, as `fastm3ae prepare` does.")
+        for file, found in others:
+            if found != names:
+                raise UserError(f"{file} has the classes {', '.join(found)}, but {first} has {', '.join(names)}.")
+        return names
+
+
+class PairDataset(_RowsOfImages):
     """Pairs (image i, text j of image i), i and then j rising, of several files joined: for pre-training and retrieval.
 
     Attributes:
@@ -41,27 +163,18 @@ class PairDataset:
         extra_columns: Mapping[str, str] | None = None,
         alpha: Literal["composite", "official"] = "composite",
     ) -> None:
-        columns = {"image": "binary", text_column: "list<string>", "image_id": "string", **(extra_columns or {})}
-        self.table = ArrowTable.open(files, columns)
-        self.columns, self.text_column, self.alpha = tuple(columns), text_column, alpha
+        super().__init__(files, {text_column: "list<string>", **(extra_columns or {})}, alpha)
+        self.text_column = text_column
         num_texts = np.array([len(texts) for texts in self.table.column(text_column)], dtype=np.int64)
         first_pair = np.concatenate([[0], np.cumsum(num_texts)])
         self.row = np.repeat(np.arange(len(num_texts)), num_texts)
         self.position = np.arange(first_pair[-1]) - np.repeat(first_pair[:-1], num_texts)
 
-        first_row_of_file = np.cumsum([0] + [len(ArrowTable([file])) for file in files])
-        self._first_pair_of_file = first_pair[first_row_of_file]
-        empty = [str(file) for file, size in zip(files, np.diff(self._first_pair_of_file), strict=True) if not size]
-        if len(empty) == len(files):
-            raise UserError(f"There is no pair of an image and a text in {', '.join(empty)}; expected at least one.")
-        self.notes = [f"{file} holds no pair of an image and a text." for file in empty]
+        self._first_pair_of_file = first_pair[self._first_row_of_file]
+        self.notes = self._notes(np.diff(self._first_pair_of_file), "pair of an image and a text")
 
     def __len__(self) -> int:
         return len(self.row)
-
-    def fingerprints(self) -> dict[str, str]:
-        """Returns for each file, by name, the SHA-256 of texts, ids, labels and image sizes; no image is read."""
-        return {path.name: ArrowTable([path]).fingerprint(self.columns) for path in self.table.paths}
 
     def text(self, pair: int) -> str:
         """Returns the pair's text as it stands in the file."""
@@ -77,12 +190,7 @@ class PairDataset:
         Raises:
             BadSample: The bytes are no image that can be decoded.
         """
-        row = int(self.row[pair])
-        try:
-            return decode_image(self.table.image_bytes(row), self.alpha)
-        except ValueError as error:
-            file, row_in_file = self.table.locate(row)
-            raise BadSample(file, row_in_file, self.image_id(pair), f"the image cannot be used: {error}") from error
+        return self._image(int(self.row[pair]))
 
     def same_dataset(self, pair: int) -> range:
         """Returns all pairs of the pair's own file, itself included: what false images and texts are drawn from.

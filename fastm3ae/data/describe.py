@@ -1,10 +1,10 @@
-"""What an arrow file holds: its columns, its texts, its images, and hashes of its content."""
+"""What an arrow file holds: its columns, its texts or labels, its images, and hashes of its content."""
 
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -18,6 +18,7 @@ from fastm3ae.data.arrow import ArrowTable
 __all__ = ["ArrowDescription", "describe_arrow"]
 
 TEXT_COLUMNS = ("caption", "questions")
+LABEL_COLUMNS = {"labels": "list<int>", "mask": "binary"}
 NUM_EXAMPLES = 5  # of the classes of a column
 
 
@@ -38,11 +39,15 @@ class ArrowDescription:
     """With which options `fastm3ae prepare` wrote the file, where it says so."""
     classes: Mapping[str, Sequence[str]]
     """For columns of labels, what the label 0, 1, ... stands for, where the file says so."""
+    num_with_label: Mapping[str, int]
+    """Number of images with each of the labels of images without texts, by the label's name."""
     num_images: int
     num_sampled: int
     """Images whose headers were read."""
     formats: Counter[str]
     """File format and mode of the sampled images, and how many are alike."""
+    mask_formats: Counter[str]
+    """The same of their masks."""
     widths_px: Sequence[int]
     heights_px: Sequence[int]
     fingerprint: str
@@ -67,9 +72,13 @@ class ArrowDescription:
         for column, names in self.classes.items():
             dots = ", ..." if len(names) > NUM_EXAMPLES else ""
             lines.append(f"{column}: {len(names)} classes ({', '.join(map(repr, names[:NUM_EXAMPLES]))}{dots})")
+        if self.num_with_label:
+            lines.append("images with each label:")
+            lines += [f"  {count} x {name}" for name, count in self.num_with_label.items()]
         if self.num_sampled:
             lines.append(f"{self.num_sampled} images sampled:")
             lines += [f"  {count} x {kind}" for kind, count in self.formats.most_common()]
+            lines += [f"  {count} x mask: {kind}" for kind, count in self.mask_formats.most_common()]
         if self.widths_px:
             lines.append(f"  {_range('width in pixels', self.widths_px)}; {_range('height', self.heights_px)}")
         lines.append(f"texts, ids and image sizes: sha256 {self.fingerprint}")
@@ -80,7 +89,7 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
     """Returns what an arrow file holds. Every byte is read once, for its hash; no image is decoded.
 
     Args:
-        path: An arrow file of images and texts.
+        path: An arrow file of images, with texts or labels.
         max_images: The headers of at most so many images are read, evenly spaced.
 
     Raises:
@@ -89,19 +98,14 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
     path = Path(path)
     schema = ArrowTable([path]).batches[0].schema
     text_columns = [name for name in TEXT_COLUMNS if name in schema.names]
-    table = ArrowTable.open([path], {"image": "binary"} | dict.fromkeys(text_columns, "list<string>"))
+    facts = ArrowTable([path]).facts()[path.name]
+    label_names = facts.get("classes", {}).get("labels", [])
+    label_columns = {name: kind for name, kind in LABEL_COLUMNS.items() if label_names and name in schema.names}
+    table = ArrowTable.open([path], {"image": "binary"} | dict.fromkeys(text_columns, "list<string>") | label_columns)
     texts = table.column(text_columns[0]) if text_columns else []
-    facts = table.facts()[path.name]
     sampled = range(0, len(table), max(1, -(-len(table) // max_images)))
-    formats: Counter[str] = Counter()
-    sizes_px = []
-    for row in sampled:
-        try:
-            with Image.open(io.BytesIO(table.image_bytes(row))) as image:
-                formats[f"{image.format}, mode {image.mode}"] += 1
-                sizes_px.append(image.size)
-        except (OSError, ValueError):
-            formats["unreadable"] += 1
+    formats, sizes_px = _read_headers(table, "image", sampled)
+    mask_formats, _ = _read_headers(table, "mask", sampled) if "mask" in label_columns else (Counter(), [])
     return ArrowDescription(
         path=path,
         num_bytes=path.stat().st_size,
@@ -111,16 +115,41 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
         words_per_text=[len(text.split()) for row in texts for text in row],
         options=facts.get("options", {}),
         classes=facts.get("classes", {}),
+        num_with_label=_count_labels(table, label_names) if "labels" in label_columns else {},
         num_images=len(table),
         num_sampled=len(sampled),
         formats=formats,
+        mask_formats=mask_formats,
         widths_px=[width for width, _ in sizes_px],
         heights_px=[height for _, height in sizes_px],
         fingerprint=table.fingerprint(
-            ["image", *text_columns[:1], *(name for name in ("image_id",) if name in schema.names)]
+            ["image", *text_columns[:1], *label_columns, *(name for name in ("image_id",) if name in schema.names)]
         ),
         content=_hash_content(table.batches),
     )
+
+
+def _read_headers(table: ArrowTable, column: str, rows: Iterable[int]) -> tuple[Counter[str], list[tuple[int, int]]]:
+    """Returns how many images of a column are of each format and mode, and the sizes of those that can be read."""
+    formats: Counter[str] = Counter()
+    sizes_px = []
+    for row in rows:
+        try:
+            with Image.open(io.BytesIO(table.image_bytes(row, column))) as image:
+                formats[f"{image.format}, mode {image.mode}"] += 1
+                sizes_px.append(image.size)
+        except (OSError, ValueError):
+            formats["unreadable"] += 1
+    return formats, sizes_px
+
+
+def _count_labels(table: ArrowTable, names: Sequence[str]) -> dict[str, int]:
+    """Returns in how many rows each label is 1."""
+    counts = dict.fromkeys(names, 0)
+    for labels in table.column("labels"):
+        for name, label in zip(names, labels, strict=False):  # inspect shows a damaged file, too
+            counts[name] += label
+    return counts
 
 
 def _plain(value: Any) -> str:

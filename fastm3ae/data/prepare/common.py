@@ -1,4 +1,4 @@
-"""What every source has in common: cleaning texts, merging them per image, writing the splits, and the report."""
+"""What every source has in common: cleaning texts, merging them per image, and writing the splits."""
 
 import gzip
 import itertools
@@ -7,25 +7,25 @@ import random
 import re
 import tempfile
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fastm3ae.data.arrow import CAPTION_COLUMNS, write_pairs
 from fastm3ae.data.images import decode_image
+from fastm3ae.data.prepare.report import PrepareReport, SplitReport
 from fastm3ae.errors import UserError
 
 __all__ = [
     "SPLITS",
+    "Encode",
     "OnBadImage",
     "PrepareReport",
     "Progress",
     "Sample",
-    "SplitReport",
     "require_files",
     "read_json_lines",
     "read_lines",
@@ -42,9 +42,13 @@ OnBadImage = Literal["drop", "stop"]
 """What to do about an image that cannot be decoded: leave it out and report it, or stop with its name."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done and their total."""
+Encode = Callable[[bytes, Mapping[str, Any]], Mapping[str, Any]]
+"""Returns a row's image, and what else is made from it, from the bytes of the image's file and the row.
+
+Raises a ValueError, whose message is a part of a sentence, if the image is bad.
+"""
 
 READ_AHEAD = 64
-NUM_EXAMPLES = 3
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -59,73 +63,19 @@ class Sample(NamedTuple):
     more: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass
-class SplitReport:
-    """What one arrow file holds."""
-
-    file: Path
-    num_images: int = 0
-    num_texts: int = 0
-    num_words: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Number of texts of each kind, where they are told apart."""
-
-    def add(self, texts: list[str], kinds: Mapping[str, int]) -> None:
-        """Counts one image and its texts."""
-        self.num_images += 1
-        self.kinds.update(kinds)
-        self.num_texts += len(texts)
-        self.num_words += sum(len(text.split()) for text in texts)
-
-
-@dataclass
-class PrepareReport:
-    """What was written, and everything that was left out."""
-
-    name: str
-    text_name: str = "text"
-    """What one of its texts is called."""
-    splits: dict[str, SplitReport] = field(default_factory=dict)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> what was left out for it, each by name."""
-    moved: list[str] = field(default_factory=list)
-    """Images that several splits name."""
-    notes: list[str] = field(default_factory=list)
-
-    def drop(self, reason: str, item: str) -> None:
-        """Records something that was left out."""
-        self.dropped.setdefault(reason, []).append(item)
-
-    def render(self) -> str:
-        """Returns the report as plain text: a table of the splits, then what was left out and what else to know."""
-        kinds = list(dict.fromkeys(kind for part in self.splits.values() for kind in part.kinds))
-        header = ["images", f"{self.text_name}s", *kinds, f"words/{self.text_name}"]
-        table: list[tuple[str, list[str], Path | str]] = [(self.name, header, "file")]
-        for split, part in self.splits.items():
-            words = f"{part.num_words / part.num_texts:.1f}" if part.num_texts else "-"
-            counts = [part.num_images, part.num_texts, *(part.kinds[kind] for kind in kinds)]
-            table.append((split, [*map(str, counts), words], part.file))
-        width, widths = max(12, len(self.name) + 1), [max(9, len(cell) + 2) for cell in header]
-        lines = [f"{name:<{width}}{''.join(map(str.rjust, cells, widths))}  {file}" for name, cells, file in table]
-        lines += [f"Left out {len(items)}: {reason} ({_examples(items)})." for reason, items in self.dropped.items()]
-        if not self.dropped:
-            lines.append("Nothing was left out.")
-        if self.moved:
-            lines.append(f"Named in several splits and put into the last: {len(self.moved)} ({_examples(self.moved)}).")
-        return "\n".join(lines + self.notes)
-
-
-def require_files(source: Path, files: Iterable[Path], layout: str) -> None:
-    """Raises a UserError that names every missing file, unless all exist.
+def require_files(source: Path, files: Iterable[Path], layout: str, folders: Iterable[Path] = ()) -> None:
+    """Raises a UserError that names every missing file and folder, unless all exist.
 
     Args:
         source: The folder that the user named.
         files: Files that must exist.
         layout: What was expected under ``source``, for the message.
+        folders: Folders that must exist.
     """
     if not source.is_dir():
         raise UserError(f"The folder {source} does not exist; expected {layout}.")
     missing = [str(file) for file in files if not file.is_file()]
+    missing += [f"the folder {folder}" for folder in folders if not folder.is_dir()]
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing)}; expected {layout}.")
 
@@ -263,6 +213,16 @@ def write_splits(
     return write_rows(rows, root, output, report, columns=columns, on_bad_image=on_bad_image, progress=progress)
 
 
+def keep_bytes(data: bytes, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the bytes of an image's file as its image.
+
+    Raises:
+        ValueError: They cannot be decoded.
+    """
+    decode_image(data)
+    return {"image": data}
+
+
 def write_rows(
     rows: Sequence[Mapping[str, Any]],
     root: Path,
@@ -274,31 +234,33 @@ def write_rows(
     progress: Progress | None,
     facts: Mapping[str, Any] | None = None,
     kinds_of: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda row: {},
+    encode: Encode = keep_bytes,
 ) -> PrepareReport:
     """Writes ``{report.name}_{split}.arrow`` for each split, its rows in their order, and completes the report.
 
-    The images' bytes are stored as they lie in their files. Either all arrow files are replaced or none.
+    Either all arrow files are replaced or none.
 
     Args:
-        rows: A value for every column but ``image``, one row for each image of a split.
+        rows: A value for every column that ``encode`` does not return, one row for each image of a split.
         root: Folder from which the rows' image ids start.
         output: Folder of the arrow files; made if missing.
         report: Names the data set, and holds what the source has left out so far.
-        columns: Kind of each column. The first list of strings are the texts.
+        columns: Kind of each column. The first list of strings, if there is one, are the texts.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
         progress: Called after each image.
         facts: What the files will say of their preparation.
-        kinds_of: Counts a row's texts by their kind, for the report.
+        kinds_of: Counts what the report tells apart in a row (``SplitReport.kinds``).
+        encode: What is stored of an image's file; by default its bytes as they are.
 
     Raises:
-        UserError: No image with a text is left, or an image is bad and ``on_bad_image`` is "stop".
+        UserError: No image (or none with a text) is left, or an image is bad and ``on_bad_image`` is "stop".
     """
-    text_column = next(name for name, kind in columns.items() if kind == "list<string>")
+    text_column = next((name for name, kind in columns.items() if kind == "list<string>"), None)
 
     def with_images(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
         of_split = [row for row in rows if row["split"] == split]
-        read = map_ahead(_read_image, (root / row["image_id"] for row in of_split))
-        for row, (data, fault) in zip(of_split, read, strict=True):
+        read = map_ahead(lambda row: _read_image(root / row["image_id"], row, encode), of_split)
+        for row, (encoded, fault) in zip(of_split, read, strict=True):
             image = row["image_id"]
             if fault and on_bad_image == "stop":
                 raise UserError(f"{root / image}: {fault}.")
@@ -306,8 +268,8 @@ def write_rows(
                 reason, _, detail = fault.partition(": ")
                 report.drop(reason, f"{image} ({detail})" if detail else image)
             else:
-                part.add(row[text_column], kinds_of(row))
-                yield {"image": data, **row}
+                part.add(row[text_column] if text_column else (), kinds_of(row))
+                yield {**row, **encoded}
             if progress:
                 progress(next(num_done), len(rows))
 
@@ -320,8 +282,9 @@ def write_rows(
             write_pairs(Path(staging, part.file.name), with_images(split, part), columns, facts)
         if not any(part.num_images for part in report.splits.values()):
             faults = [f"{len(items)} x {reason} ({items[0]})" for reason, items in report.dropped.items()]
-            why = "; ".join(faults) or "no text at all"
-            raise UserError(f"Not one image with a text was found, so nothing was written: {why}.")
+            wanted = "image with a text" if text_column else "image"
+            why = "; ".join(faults) or ("no text at all" if text_column else "no image at all")
+            raise UserError(f"Not one {wanted} was found, so nothing was written: {why}.")
         for part in report.splits.values():
             Path(staging, part.file.name).replace(part.file)
     report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]
@@ -367,20 +330,13 @@ def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator
             yield pending.popleft().result()
 
 
-def _examples(items: list[str]) -> str:
-    """Returns the first few items, and dots if there are more."""
-    return "; ".join(items[:NUM_EXAMPLES]) + ("; ..." if len(items) > NUM_EXAMPLES else "")
-
-
-def _read_image(path: Path) -> tuple[bytes, str]:
-    """Returns a file's bytes, and what is wrong with them ("" if they are an image)."""
+def _read_image(path: Path, row: Mapping[str, Any], encode: Encode) -> tuple[Mapping[str, Any], str]:
+    """Returns what a row's image file is encoded as, and what is wrong with the file ("" if nothing is)."""
     try:
-        data = path.read_bytes()
-        decode_image(data)
+        return encode(path.read_bytes(), row), ""
     except FileNotFoundError:
-        return b"", "the image file is missing"
+        return {}, "the image file is missing"
     except OSError as error:
-        return b"", f"the image file cannot be read: {error}"
+        return {}, f"the image file cannot be read: {error}"
     except ValueError as error:
-        return b"", str(error)
-    return data, ""
+        return {}, str(error)

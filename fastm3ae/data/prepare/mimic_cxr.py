@@ -34,7 +34,7 @@ from fastm3ae.data.prepare.reports import (
     choose_texts,
     find_sections,
 )
-from fastm3ae.data.prepare.tables import read_csv, require_columns
+from fastm3ae.data.prepare.tables import read_unique_rows
 from fastm3ae.errors import UserError, nearest
 
 __all__ = ["CHEXPERT_LABELS", "prepare_mimic_cxr"]
@@ -186,25 +186,10 @@ def _read_report(path: Path) -> str | None:
     return "".join(line for _, line in read_lines(path)) if path.is_file() else None
 
 
-def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields each row and where it stands; the first column's values must differ."""
-    names, rows = read_csv(table)
-    require_columns(table, names, columns)
-    lines: dict[str, int] = {}
-    for number, row in rows:
-        key = row[columns[0]]
-        if key in lines:
-            raise UserError(
-                f"{table}, line {number}: the {columns[0]} {key} is in line {lines[key]}, too; expected it in one row."
-            )
-        lines[key] = number
-        yield f"{table}, line {number}", row
-
-
 def _read_metadata(table: Path, views: Sequence[str]) -> list[_Image]:
     """Returns all images; at least one must have each view."""
     images = []
-    for where, row in _rows(table, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
+    for where, row in read_unique_rows(table, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         image = _Image(row["dicom_id"], row["subject_id"], row["study_id"], row["ViewPosition"])
         # These become paths.
         for name, value, form in (
@@ -228,7 +213,7 @@ def _read_metadata(table: Path, views: Sequence[str]) -> list[_Image]:
 def _read_splits(table: Path, images: Sequence[_Image], report: PrepareReport) -> dict[str, str]:
     """Returns the split of each image by its dicom_id; all images of a patient must be in one split."""
     splits = {}
-    for where, row in _rows(table, ("dicom_id", "split")):
+    for where, row in read_unique_rows(table, ("dicom_id", "split")):
         if row["split"] not in SPLIT_NAMES:
             raise UserError(f"{where}: split must be one of {', '.join(SPLIT_NAMES)}, got {row['split']!r}.")
         splits[row["dicom_id"]] = SPLIT_NAMES[row["split"]]
@@ -251,7 +236,7 @@ def _read_splits(table: Path, images: Sequence[_Image], report: PrepareReport) -
 def _read_labels(table: Path) -> dict[str, list[int]]:
     """Returns the labels of each study."""
     labels = {}
-    for where, row in _rows(table, ("study_id", *CHEXPERT_LABELS)):
+    for where, row in read_unique_rows(table, ("study_id", *CHEXPERT_LABELS)):
         for name in CHEXPERT_LABELS:
             if row[name] not in LABEL_VALUES:
                 raise UserError(f"{where}: {name} must be 1, 0, -1 or empty, got {row[name]!r}.")

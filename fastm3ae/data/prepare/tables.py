@@ -7,7 +7,7 @@ from pathlib import Path
 from fastm3ae.data.prepare.common import read_lines
 from fastm3ae.errors import UserError, nearest
 
-__all__ = ["read_csv", "require_columns"]
+__all__ = ["read_csv", "read_unique_rows", "require_columns"]
 
 
 def read_csv(table: Path, delimiter: str = ",") -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
@@ -53,3 +53,26 @@ def require_columns(table: Path, names: Sequence[str], columns: Sequence[str]) -
             count = f"{names.count(column)} columns" if column in names else "no column"
             known = ", ".join(names) or "none: the table is empty"
             raise UserError(f"{table} has {count} {column!r}; its columns are {known}.{nearest(column, names)}")
+
+
+def read_unique_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields where each row of a CSV table stands ("train.csv, line 2"), and the row.
+
+    Args:
+        table: The file, as ``read_csv`` reads it.
+        columns: Columns that it must have, of which the first one's values must differ.
+
+    Raises:
+        UserError: The table cannot be read or lacks a column, or a value of the first column repeats.
+    """
+    names, rows = read_csv(table)
+    require_columns(table, names, columns)
+    lines: dict[str, int] = {}
+    for number, row in rows:
+        key = row[columns[0]]
+        if key in lines:
+            raise UserError(
+                f"{table}, line {number}: the {columns[0]} {key} is in line {lines[key]}, too; expected it in one row."
+            )
+        lines[key] = number
+        yield f"{table}, line {number}", row
