@@ -1,4 +1,4 @@
-"""From pairs to batches, in the loader's worker processes.
+"""From items to batches, in the loader's worker processes.
 
 Every random draw comes from a generator that is keyed by the run's seed, the epoch, and the pair or the batch that the
 draw is for. So nothing depends on the number of workers or on what was drawn before, and an epoch can be entered at any
@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import MaskingConfig
-from fastm3ae.data.batch import ClassificationBatch, ImageTextBatch, PretrainBatch, RetrievalBatch, VqaBatch
-from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
+from fastm3ae.data.batch import ClassificationBatch, ImageBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.data.datasets import ClassificationDataset, PairDataset, RowsOfImages, VqaDataset
 from fastm3ae.data.text import encode
 from fastm3ae.errors import BadSample
 from fastm3ae.masking import corrupt, draw_corruption, select_tokens, select_words, select_words_official
@@ -81,12 +81,53 @@ class Batches(ABC):
     """A data set whose keys are requests and whose values are batches of one kind, which a subclass makes.
 
     Args:
+        dataset: The items.
+        transform: Makes a (3, S, S) uint8 tensor of an image; may draw from torch's default generator.
+        seed: Seed of every draw.
+    """
+
+    def __init__(self, dataset: RowsOfImages, transform: Callable[..., Any], *, seed: int = 0) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    @abstractmethod
+    def __getitem__(self, request: BatchRequest) -> ImageBatch:
+        """Returns the requested batch; items with an image that cannot be used are in its ``bad_samples`` instead."""
+
+    def _collect(
+        self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]
+    ) -> tuple[list[AnySample], list[BadSample]]:
+        """Returns a sample of each item that can be used, and an error for each other one."""
+        samples, bad_samples = [], []
+        for pair in request.pairs[request.part]:
+            try:
+                samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
+            except BadSample as error:
+                bad_samples.append(error)
+        return samples, bad_samples
+
+    def _image(self, pair: int, rng: np.random.Generator) -> Tensor:
+        return self._transformed(rng, self.dataset.image(pair))
+
+    def _transformed(self, rng: np.random.Generator, *images: Image.Image) -> Any:
+        """Returns what the transform makes, whose draws depend on ``rng`` alone."""
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which seeds the GPUs as well: without workers, this is the training process.
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            return self.transform(*images)
+
+
+class PairBatches(Batches):
+    """Batches of pairs of an image and a text.
+
+    Args:
         dataset: The pairs.
         tokenizer: Splits the texts.
-        transform: Makes a (3, S, S) uint8 tensor of an image; may draw from torch's default generator.
+        transform: As of ``Batches``.
         max_text_tokens: Texts are cut to so many tokens, CLS and SEP included.
         seed: Seed of every draw.
     """
+
+    dataset: PairDataset
 
     def __init__(
         self,
@@ -97,35 +138,12 @@ class Batches(ABC):
         max_text_tokens: int,
         seed: int = 0,
     ) -> None:
-        self.dataset, self.tokenizer, self.transform = dataset, tokenizer, transform
-        self.max_text_tokens, self.seed = max_text_tokens, seed
-
-    @abstractmethod
-    def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        """Returns the requested batch; pairs with an image that cannot be used are in its ``bad_samples`` instead."""
-
-    def _collect(
-        self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]
-    ) -> tuple[list[AnySample], list[BadSample]]:
-        """Returns a sample of each pair that can be used, and an error for each other one."""
-        samples, bad_samples = [], []
-        for pair in request.pairs[request.part]:
-            try:
-                samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
-            except BadSample as error:
-                bad_samples.append(error)
-        return samples, bad_samples
+        super().__init__(dataset, transform, seed=seed)
+        self.tokenizer, self.max_text_tokens = tokenizer, max_text_tokens
 
     def _sample(self, pair: int, rng: np.random.Generator) -> Sample:
         text = self.dataset.text(pair)
         return Sample(pair=pair, image_CHW=self._image(pair, rng), text=text, encoding=self._encode(text))
-
-    def _image(self, pair: int, rng: np.random.Generator) -> Tensor:
-        image = self.dataset.image(pair)
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which seeds the GPUs as well: without workers, this is the training process.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return self.transform(image)
 
     def _encode(self, text: str) -> Encoding:
         return encode(self.tokenizer, text, self.max_text_tokens)
@@ -155,7 +173,7 @@ class Batches(ABC):
         return ids_BT, is_padding_BT
 
 
-class PretrainBatches(Batches):
+class PretrainBatches(PairBatches):
     """Pairs with their masks and false images.
 
     A batch's labels for image-text matching are floor(B / 2) ones, the rest zeros, permuted. A false image is drawn
@@ -264,7 +282,7 @@ class PretrainBatches(Batches):
         return select_words(word_ids, self.masking.token_frac, rng)
 
 
-class VqaBatches(Batches):
+class VqaBatches(PairBatches):
     """Questions with their answers."""
 
     dataset: VqaDataset
@@ -284,7 +302,7 @@ class VqaBatches(Batches):
         )
 
 
-class ClassificationBatches(Batches):
+class ClassificationBatches(PairBatches):
     """Pairs with their classes."""
 
     dataset: ClassificationDataset
@@ -298,7 +316,7 @@ class ClassificationBatches(Batches):
         )
 
 
-class RetrievalBatches(Batches):
+class RetrievalBatches(PairBatches):
     """Pairs with texts that are drawn uniformly over all pairs of the pair's own data set, itself included.
 
     Args:

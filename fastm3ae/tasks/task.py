@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.arrow import dataset_files
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.collate import OF_EPOCH, Batches, keyed_rng
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader
@@ -91,7 +91,7 @@ class Task(ABC):
         pairs = self._drawn(batches.dataset) if is_training and config.task.train_frac < 1 else None
         return make_loader(config, batches, is_training, place=place, num_workers=num_workers, pairs=pairs)
 
-    def longest_batch(self, config: FinetuneConfig, num_pairs: int) -> ImageTextBatch:
+    def longest_batch(self, config: FinetuneConfig, num_pairs: int) -> ImageBatch:
         """Returns a batch of so many pairs that needs as much memory as any."""
         size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
         fields = {
@@ -109,7 +109,7 @@ class Task(ABC):
         """Returns the model's configuration with this task's head in the place of all others."""
 
     @abstractmethod
-    def items(self, output: Tensor, batch: ImageTextBatch) -> list[Item]:
+    def items(self, output: Tensor, batch: ImageBatch) -> list[Item]:
         """Returns an item for each pair of a batch.
 
         Args:
@@ -142,7 +142,7 @@ class Task(ABC):
         """Returns what makes the batches."""
 
     @abstractmethod
-    def _longest(self, fields: Mapping[str, Any]) -> ImageTextBatch:
+    def _longest(self, fields: Mapping[str, Any]) -> ImageBatch:
         """Returns the batch of these common fields that has the most of everything else."""
 
     def _drawn(self, dataset: PairDataset) -> np.ndarray:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastm3ae import objectives
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 from fastm3ae.pretrained import has_tokenizer, read_about
@@ -113,7 +113,7 @@ def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
 def validate(
     task: Task,
     model: Model,
-    batches: Iterable[ImageTextBatch],
+    batches: Iterable[ImageBatch],
     autocast: Callable[[], AbstractContextManager],
     processes: Processes,
 ) -> dict[str, float]:

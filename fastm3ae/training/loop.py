@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import DataConfig, RunConfig, TrainConfig
 from fastm3ae.configfile import to_dict
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.data.loader import Loader
 from fastm3ae.errors import Interrupted, UserError
@@ -44,11 +44,11 @@ def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], A
     return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
-def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageTextBatch], ImageTextBatch]:
+def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageBatch], ImageBatch]:
     """Returns what copies a batch to the device and normalises its images there."""
     mean, std = (statistic.to(device) for statistic in normalization(data.val_transform))
 
-    def move(batch: ImageTextBatch) -> ImageTextBatch:
+    def move(batch: ImageBatch) -> ImageBatch:
         batch = batch.to(device, non_blocking=True)
         images = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
         return dataclasses.replace(batch, **{name: normalize(getattr(batch, name), mean, std) for name in images})
@@ -165,7 +165,7 @@ class Trainer:
         if self.validated_step != self.num_steps:
             self._stop_early()
 
-    def _try_step(self, pieces: list[ImageTextBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
+    def _try_step(self, pieces: list[ImageBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
         with explain_full_memory(self.processes.device, self.step + 1, self.config.train.micro_batch):
             return self.make_step(pieces, totals)
 
@@ -199,7 +199,7 @@ class Trainer:
         self.num_steps = self.step
         return True
 
-    def _batches(self) -> Iterator[list[ImageTextBatch]]:
+    def _batches(self) -> Iterator[list[ImageBatch]]:
         """Yields this process's pieces of batch after batch, on the device, epoch after epoch."""
         first_epoch, first_batch = self.position
         for epoch in itertools.count(first_epoch):
@@ -207,7 +207,7 @@ class Trainer:
                 yield [self._to_device(piece) for piece in pieces]
             self._count_skipped("train", f"epoch {epoch}", self.train_loader)
 
-    def _next(self, batches: Iterator[list[ImageTextBatch]]) -> list[ImageTextBatch]:
+    def _next(self, batches: Iterator[list[ImageBatch]]) -> list[ImageBatch]:
         try:
             return next(batches)
         except UserError:
@@ -230,9 +230,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluates the validation split, logs it, and draws its first pairs; leaves all that when asked to stop."""
-        first: list[ImageTextBatch] = []
+        first: list[ImageBatch] = []
 
-        def pieces() -> Iterator[ImageTextBatch]:
+        def pieces() -> Iterator[ImageBatch]:
             for pieces in itertools.islice(self.val_loader.epoch(0), self.config.train.max_val_batches):
                 for piece in pieces:
                     if self.stop.signal is not None:
