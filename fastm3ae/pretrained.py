@@ -101,9 +101,12 @@ def load_tower_weights(model: Model) -> None:
     Raises:
         UserError: The weights can't be found or are of another architecture.
     """
-    vision, text = model.config.vision, model.config.text
+    vision = model.config.vision
     if vision.weights != "random":
         _load_vision(model, vision.weights)
+    if not model.config.has_texts:
+        return
+    text = model.config.text
     if text.weights != "random":
         tower = RobertaModel if text.kind == "roberta" else BertModel
         pretrained = _from_hub(tower.from_pretrained, text.weights, "model.text.weights")
@@ -133,7 +136,7 @@ def _load_vision(model: Model, name: str) -> None:
                 f"({str(error).splitlines()[0]}); 'random' starts from scratch."
             ) from error
     if any(key.startswith("visual.") for key in state):  # OpenAI's CLIP, which official checkpoints hold too
-        state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model)
+        state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model, "vision.")
     else:
         state = {f"vision.{key}": tensor for key, tensor in state.items()}
     state = _resized(state, model)
@@ -271,6 +274,8 @@ def load_model(path: Path) -> Model:
 def init_model(model: Model, path: Path) -> LoadReport:
     """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
 
+    An image model takes the vision tower, and its head if there is the same.
+
     Args:
         model: The model.
         path: One of our checkpoints (its folder or file), or an official .ckpt.
@@ -281,9 +286,9 @@ def init_model(model: Model, path: Path) -> LoadReport:
     state, _ = read_weights(path)
     ignored: list[str] = []
     if not any(name.startswith("vision.") for name in state):
-        if model.config.kind != "m3ae":
+        if model.config.kind == "mpma":
             raise UserError(f"{path} is a checkpoint of the original M3AE, from which MPMA cannot start.")
-        state, leftovers = from_official(state, model)
+        state, leftovers = from_official(state, model, "" if model.config.has_texts else "vision.")
         ignored = [name for name in leftovers if not unused_by_original(name)]
     state = _resized(state, model)
     own = model.state_dict()
@@ -307,7 +312,7 @@ def convert_checkpoint(source: Path, target: Path) -> None:
         raise UserError(f"{target} exists: choose another name.")
     model = load_model(source)
     if model.config.kind != "m3ae":
-        raise UserError(f"{source} is a checkpoint of MPMA, for which there is no original to convert it for.")
+        raise UserError(f"{source} is a checkpoint of {model.config.kind}, which the original M3AE does not have.")
     if target.suffix == ".ckpt":
         torch.save({"state_dict": to_official(model.state_dict(), model)}, target)
     else:

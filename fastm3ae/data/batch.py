@@ -65,9 +65,11 @@ class LabelBatch(ImageBatch):
 
     Args:
         label_BC: (B, C) int8, 1 where an image is of a class, else 0.
+        groups: The patient of each image, or whatever else images are grouped by.
     """
 
     label_BC: Tensor
+    groups: list[str]
 
 
 @dataclass(kw_only=True)
@@ -76,9 +78,11 @@ class MaskBatch(ImageBatch):
 
     Args:
         mask_BHW: (B, S, S) bool, True where a pixel belongs to it.
+        groups: As of ``LabelBatch``.
     """
 
     mask_BHW: Tensor
+    groups: list[str]
 
 
 @dataclass(kw_only=True)

@@ -51,10 +51,11 @@ class MaskBatches(Batches):
 def _fields(
     dataset: ImageDataset, pairs: list[int], images: Sequence[Tensor], bad_samples: list[BadSample]
 ) -> dict[str, Any]:
-    """Returns the fields of an ``ImageBatch``."""
+    """Returns the fields that both batches have."""
     return {
         "image_BCHW": stack(images, (3, 0, 0)),
         "item_ids": [dataset.image_id(pair) for pair in pairs],
         "bad_samples": bad_samples,
         "pairs": pairs,
+        "groups": [dataset.groups[pair] for pair in pairs],
     }

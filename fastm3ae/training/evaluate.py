@@ -5,13 +5,10 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
 from fastm3ae.configfile import from_dict, to_dict
-from fastm3ae.data.loader import transform_of
-from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model, build_model
 from fastm3ae.pretrained import has_tokenizer, init_model, read_about
@@ -19,7 +16,7 @@ from fastm3ae.tasks.evaluation import About, Evaluation, write_evaluation
 from fastm3ae.tasks.registry import make_task
 from fastm3ae.training.distributed import pick_device
 from fastm3ae.training.loop import autocast_context, batch_mover
-from fastm3ae.training.run import resolve
+from fastm3ae.training.run import read_tokenizer, resolve
 from fastm3ae.training.run_folder import environment
 
 __all__ = ["evaluate"]
@@ -47,7 +44,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
     else:
         raise UserError(f"{checkpoint} was not fine-tuned for a task: fastm3ae finetune makes such checkpoints.")
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = read_tokenizer(run)
     run = resolve(dataclasses.replace(run, model=task.with_head(run.model)), tokenizer)
     model = _load(checkpoint, run, device)
     workers = min(config.num_workers, os.cpu_count() or 1)
@@ -61,12 +58,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
                     outputs = model(to_device(batch))
                 items += task.items(outputs[task.objective], batch)
             bar.update(min(config.batch_size, loader.num_pairs - bar.n))
-    transform = transform_of(run, is_training=False)
-
-    def square(pair: int) -> Tensor:
-        return transform(loader.dataset.image(pair)).float() / 255
-
-    evaluation = task.evaluation(items, square, num_resamples=config.num_resamples)
+    evaluation = task.evaluation(items, task.squares(run, loader.dataset), num_resamples=config.num_resamples)
     if loader.bad_samples:
         first = f"{len(loader.bad_samples)} items were left out because of their images; the first: "
         evaluation = dataclasses.replace(evaluation, notes=[*evaluation.notes, f"{first}{loader.bad_samples[0]}"])
@@ -81,7 +73,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
         fingerprints=loader.dataset.fingerprints(),
         preparation={name: facts.get("options", {}) for name, facts in loader.dataset.table.facts().items()},
         labels=list(task.labels),
-        resampling_unit="image",
+        resampling_unit=task.unit(loader.dataset),
         environment=environment(device),
     )
     write_evaluation(evaluation, Path(config.output), described)

@@ -23,7 +23,7 @@ class MakeLoader(Protocol):
     def __call__(
         self,
         config: RunConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | None,
         split: Literal["train", "val"],
         *,
         place: Place,

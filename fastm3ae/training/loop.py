@@ -73,7 +73,7 @@ class Trainer:
     Args:
         config: The resolved configuration; ``train.micro_batch`` is a number.
         job: What the run is for.
-        tokenizer: For the words in the pictures.
+        tokenizer: For the words in the pictures; None: there are no texts.
         model: The model, on its device.
         train_loader: Training batches.
         val_loader: Validation batches.
@@ -87,7 +87,7 @@ class Trainer:
         self,
         config: RunConfig,
         job: Job,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | None,
         model: Model,
         train_loader: Loader,
         val_loader: Loader,
