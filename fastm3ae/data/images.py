@@ -112,7 +112,8 @@ def make_mask_transform(
 
     Nothing is cut away: ``clip`` and ``imagenet`` resize the whole to the square, whatever its shape. With
     ``clip_resizedcrop`` and ``imagenet_resizedcrop`` it is the same random part of both, of the size that
-    ``make_transform`` says. The image is resized bicubically, of the mask the nearest pixel is taken.
+    ``make_transform`` says, its aspect ratio relative to the whole's. The image is resized bicubically, of the mask the
+    nearest pixel is taken.
 
     Args:
         name: One of ``TRANSFORMS``, but ``clip_randaug``, whose operations are for images alone.
@@ -133,7 +134,8 @@ def make_mask_transform(
     def transform(image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         part = (0, 0, image.height, image.width)  # top, left, height, width
         if name.endswith("resizedcrop"):
-            part = transforms.RandomResizedCrop.get_params(image, list(CROP_AREA), list(CROP_RATIO))
+            ratio = [limit * image.width / image.height for limit in CROP_RATIO]
+            part = transforms.RandomResizedCrop.get_params(image, list(CROP_AREA), ratio)
         square = _middle(functional.resized_crop(image, *part, size, BICUBIC), image_size_px)
         # Pillow's nearest pixel is that at the new one's centre; a tensor's would be half a pixel off.
         return square, torch.from_numpy(np.array(functional.resized_crop(mask, *part, size, NEAREST)) > 0)
