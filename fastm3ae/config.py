@@ -245,7 +245,8 @@ class RunConfig:
             raise UserError(f"seed must not be negative, got {self.seed}.")
         if self.model.kind != "m3ae" and self.train.step != "packed":
             raise UserError(
-                f"train.step must be packed for {self.model.kind}, which has no original's step, got {self.train.step}."
+                f"train.step must be packed for {self.model.kind.upper()}, which has no original's step, "
+                f"got {self.train.step}."
             )
         for name in ("share_texts", "cuda_graphs"):
             if self.model.kind != "m3ae" and getattr(self.train, name):

@@ -2,6 +2,10 @@ import os
 
 # No test asks the network: tokenizers and weights come from folders that the tests make.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes that share the cores (pytest -n 2, and what tests start) must not each have a thread for every core: they
+# would wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

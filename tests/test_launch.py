@@ -12,7 +12,7 @@ import pytest
 
 from fastm3ae.cli import main
 from fastm3ae.official.arguments import parse_official
-from fastm3ae.official.translate import to_pretrain_config
+from fastm3ae.official.translate import to_run_config
 from fastm3ae.training import launch
 
 DATA = Path(__file__).parent / "data" / "golden" / "data"
@@ -120,9 +120,9 @@ def test_with_starts_its_processes(monkeypatch, tmp_path, capsys):
     assert main(["with", *arguments]) == 5
     ((command, number),) = commands
     assert command[:4] == [sys.executable, "-m", "fastm3ae", "with"] and number == 2
-    config, _ = to_pretrain_config(parse_official(arguments))
+    config, _ = to_run_config(parse_official(arguments))
     Path(config.output).mkdir(parents=True)  # by a process that was faster
-    assert to_pretrain_config(parse_official(command[4:]))[0] == config
+    assert to_run_config(parse_official(command[4:]))[0] == config
     error = capsys.readouterr().err
     assert error == "warning: num_gpus is 8, but this machine has only 2 GPUs; a step still takes 16 pairs.\n"
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastm3ae.config import FinetuneConfig, ImageConfig, TaskConfig, VisionConfig
 from fastm3ae.data.arrow import SEGMENTATION_COLUMNS, write_pairs
-from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.batches import BatchRequest
 from fastm3ae.data.collate_images import LabelBatches, MaskBatches
 from fastm3ae.data.datasets import ImageDataset
 from fastm3ae.data.images import make_mask_transform, make_transform, normalization

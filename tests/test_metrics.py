@@ -141,7 +141,7 @@ QUESTIONS = {
     "answer_ids": [[3], [1], [4, 5], [1], []],
     "answer_scores": [[1.0], [1.0], [1.0, 0.5], [1.0], []],
     "is_open": [True, False, True, False, True],
-    "groups": ["a", "a", "b", "c", "c"],
+    "groups": ["a", "c", "b", "c", "b"],
 }
 
 
@@ -158,11 +158,10 @@ def test_vqa():
             "closed_accuracy": 1 / 2, "closed_majority_accuracy": 1.0, "closed_gain": -1 / 2,
         }
     )  # fmt: skip
-    assert [metrics[name][3:5] for name in ("overall_gain", "open_accuracy", "closed_accuracy")] == [
-        (5, 3),
-        (3, 3),
-        (2, 2),
-    ]
+    sizes = {"overall": (5, 3), "open": (3, 2), "closed": (2, 1)}
+    assert {name: found[3:5] for name, found in metrics.items()} == {
+        f"{kind}_{name}": size for kind, size in sizes.items() for name in ("accuracy", "majority_accuracy", "gain")
+    }
 
 
 def test_vqa_with_one_kind_of_question():

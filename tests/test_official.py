@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from fastm3ae.cli import main
-from fastm3ae.config import PretrainConfig
+from fastm3ae.config import FinetuneConfig, PretrainConfig
 from fastm3ae.configfile import differences, from_dict, to_dict
 from fastm3ae.errors import UserError
 from fastm3ae.official.arguments import NAMED_CONFIGS, arguments_of, parse_official
-from fastm3ae.official.translate import to_pretrain_config
-from fastm3ae.presets import preset
+from fastm3ae.official.translate import to_run_config
+from fastm3ae.presets import FINETUNE_PRESETS, preset
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 RECORDED = json.loads((GOLDEN / "resolved_official_configs.json").read_text())
@@ -60,7 +60,7 @@ def resolved(line):
 
 
 def translated(line):
-    return to_pretrain_config(parse_official(line.split()))
+    return to_run_config(parse_official(line.split()))
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -267,9 +267,8 @@ def test_what_each_key_becomes(words, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (downstream("vqa_slack"), r"task_finetune_vqa_slack cannot be run .*: fine-tuning \(vqa\) is still to come"),
-        (downstream("irtr_roco", "test_only=True"), r"task_finetune_irtr_roco cannot .*: testing \(test_only=True\)"),
-        (f"{PRETRAIN} test_only=True", "task_pretrain_m3ae cannot be run"),
+        (f"{downstream('vqa_slack')} loss_names.cls=1", "loss_names must name one task to fine-tune for, got vqa, cls"),
+        (f"{PRETRAIN} test_only=True", "task_pretrain_m3ae is a pre-training, which has no test_only=True"),
         (f"{PRETRAIN} vit=ViT-B/61", "vit must be one of .* Did you mean 'ViT-B/16'"),
         (f"{PRETRAIN} patch_size=32", "patch_size must be 16 for the vision tower vit=ViT-B/16, got 32"),
         (f"{PRETRAIN} input_image_embed_size=512", "input_image_embed_size must be 768 .* got 512"),
@@ -289,6 +288,26 @@ def test_what_each_key_becomes(words, tmp_path, monkeypatch):
 def test_what_cannot_be_run(line, message):
     with pytest.raises(UserError, match=message):
         translated(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "task", "name"),
+    [
+        ("vqa_vqa_rad", "vqa", "vqa-rad"),
+        ("vqa_slack", "vqa", "slake"),
+        ("vqa_medvqa_2019", "vqa", "medvqa-2019"),
+        ("cls_melinda_p_meth_label", "classification", "melinda"),
+        ("irtr_roco (train)", "retrieval", "roco"),
+    ],
+)
+def test_finetuning_lines_are_the_presets(line, task, name):
+    """But for what every line of the original asks for, and from where it reads."""
+    config, _ = translated(LINES[f"run_scripts/finetune_m3ae.sh {line}"])
+    assert isinstance(config, FinetuneConfig) and config.init_from == "downloaded/pretrained/m3ae.ckpt"
+    changed = differences(to_dict(FINETUNE_PRESETS[task][name]()), to_dict(config))
+    ours = ("output", "init_from", "data.root", "data.tokenizer", "data.alpha", "data.on_bad_sample",
+            "train.micro_batch", "train.precision", "model.text.weights", "model.mim.layer")  # fmt: skip
+    assert changed.keys() == set(ours)
 
 
 def test_keys_without_effect_are_named_once():
@@ -320,7 +339,7 @@ def test_from_official_prints_the_configuration_that_with_runs(tmp_path, monkeyp
     assert [text for text in printed.splitlines() if text.startswith("#")] == [
         f"# python main.py with {line}",
         "# to run it: python -m fastm3ae pretrain --config THIS_FILE",
-        "# Without effect on pre-training here: vocab_size.",
+        "# Without effect here: vocab_size.",
     ]
     assert main(["with", *line.split()]) == 0
     assert capsys.readouterr().err.count("warning: Without effect") == 1
@@ -341,7 +360,11 @@ def test_help_and_mistakes_through_the_command(capsys):
         text = capsys.readouterr().out
         assert "task_pretrain_m3ae" in text and "per_gpu_batchsize" in text and "--from-official" in text
     assert main(["with", *downstream("vqa_vqa_rad").split()]) == 2
-    assert capsys.readouterr().err.startswith("error: task_finetune_vqa_vqa_rad cannot be run")
+    assert "error: The data folder data/finetune_arrows does not exist" in capsys.readouterr().err
+    assert main(["with", *downstream("vqa_vqa_rad").split(), "test_only=True", "load_path="]) == 2
+    assert "error: test_only=True needs the checkpoint to test" in capsys.readouterr().err
+    assert main(["finetune", "vqa", "--from-official", PRETRAIN]) == 2
+    assert "task_pretrain_m3ae is for `fastm3ae pretrain --from-official`, not finetune vqa" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["pretrain", "--preset", "demo", "--from-official", PRETRAIN])
     assert "not allowed with argument" in capsys.readouterr().err

@@ -312,7 +312,9 @@ def test_strided_inputs(name, device):
     assert_all_equal(got, out_and_grads(inputs._replace(grad=expanded.contiguous())))
 
 
-@pytest.mark.parametrize("wanted", [{"q"}, {"k"}, {"v"}, {"memory_k"}, {"k", "memory_v"}], ids=lambda names: "+".join(sorted(names)))
+@pytest.mark.parametrize(
+    "wanted", [{"q"}, {"k"}, {"v"}, {"memory_k"}, {"k", "memory_v"}], ids=lambda names: "+".join(sorted(names))
+)
 @each_device
 def test_partial_requires_grad(wanted, device):
     inputs = ODD.inputs(device=device)

@@ -79,7 +79,7 @@ def test_rows_are_configurations_and_say_in_what_they_differ(tmp_path):
     write(tmp_path / "a", 0.5, learning_rate=1e-5)
     write(tmp_path / "b", 0.6, learning_rate=2e-5)
     write(tmp_path / "c", 0.7, learning_rate=2e-5, weights_were_random=True)
-    write(tmp_path / "d", 0.8, learning_rate=3e-5, split="val")
+    write(tmp_path / "d", 0.8, learning_rate=2e-5, split="val")
     recall = {
         "image_to_text_recall_at_1": Interval(0.25, 0.1, 0.4, 64, **SAME),
         "auroc": Interval(None, None, None, 64),
@@ -145,7 +145,7 @@ def test_a_seed_counts_once(tmp_path):
     write(tmp_path / "again", 0.6, 1)
     with pytest.raises(UserError, match=r"one configuration and one seed, 1 \(checkpoints best of .*1 and .*again\)"):
         results_table(read_results([tmp_path]))
-    assert len(read_results([tmp_path / "1", tmp_path, tmp_path / "1" / "metrics.json"])) == 2
+    assert len(read_results([tmp_path / "again" / ".." / "1", tmp_path, tmp_path / "1" / "metrics.json"])) == 2
 
 
 BROKEN = {

@@ -87,12 +87,14 @@ class MaskBatch(ImageBatch):
 
 @dataclass(kw_only=True)
 class ImageTextBatch(ImageBatch):
-    """B pairs of an image and a text.
+    """B pairs of an image and a text; fewer images, where pairs share one.
 
     Args:
         text_ids_BT: (B, T) int64, CLS and SEP included, padded with the tokenizer's padding id.
         is_padding_BT: (B, T) bool, True at padding.
         texts: The B texts as they stand in the file.
+        image_index_B: (B,) int64, which of the images each pair has; None: each its own.
+        image_rows_B: The same on the host; made from it.
         num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
 
     Raises:
@@ -102,12 +104,20 @@ class ImageTextBatch(ImageBatch):
     text_ids_BT: Tensor
     is_padding_BT: Tensor
     texts: list[str]
+    image_index_B: Tensor | None = None
+    image_rows_B: np.ndarray | None = None
     num_tokens_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
         if self.num_tokens_B is None:
             self.num_tokens_B = _count_tokens(self.is_padding_BT)
+        if self.image_rows_B is None:
+            self.image_rows_B = np.arange(len(self)) if self.image_index_B is None else _on_host(self.image_index_B)
+
+    def images(self) -> Tensor:
+        """Returns the B pairs' images: those that pairs share, repeated."""
+        return self.image_BCHW if self.image_index_B is None else self.image_BCHW[self.image_index_B]
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,9 @@
-"""From items to batches, in the loader's worker processes.
-
-Every random draw comes from a generator that is keyed by the run's seed, the epoch, and the pair or the batch that the
-draw is for. So nothing depends on the number of workers or on what was drawn before, and an epoch can be entered at any
-batch.
-"""
+"""From pairs of an image and a text to batches: see ``fastm3ae.data.batches``."""
 
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,35 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import MaskingConfig
-from fastm3ae.data.batch import ClassificationBatch, ImageBatch, PretrainBatch, RetrievalBatch, VqaBatch
-from fastm3ae.data.datasets import ClassificationDataset, PairDataset, RowsOfImages, VqaDataset
+from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.data.batches import OF_BATCH, AnySample, Batches, BatchRequest, keyed_rng, stack
+from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
 from fastm3ae.data.text import encode
 from fastm3ae.errors import BadSample
 from fastm3ae.masking import corrupt, draw_corruption, select_tokens, select_words, select_words_official
 
-__all__ = ["BatchRequest", "Batches", "ClassificationBatches", "PretrainBatches", "RetrievalBatches", "VqaBatches"]
+__all__ = ["BatchRequest", "ClassificationBatches", "PretrainBatches", "RetrievalBatches", "VqaBatches"]
 
 TOKEN_MULTIPLE = 8  # texts are padded to a multiple of it: few shapes, and aligned rows
-OF_PAIR, OF_BATCH, OF_EPOCH = 0, 1, 2  # what a random generator is for
-
-AnySample = TypeVar("AnySample")
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """A part of batch number ``batch`` of an epoch; what is drawn for a batch does not depend on its division.
-
-    Args:
-        epoch: Number of the epoch.
-        batch: Number of the batch in the epoch.
-        pairs: The pairs of the whole batch.
-        part: Which of them are requested.
-    """
-
-    epoch: int
-    batch: int
-    pairs: Sequence[int]
-    part: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,45 +52,6 @@ class PretrainSample:
     patch_noise_N: np.ndarray
 
 
-class Batches(ABC):
-    """A data set whose keys are requests and whose values are batches of one kind, which a subclass makes.
-
-    Args:
-        dataset: The items.
-        transform: Makes a (3, S, S) uint8 tensor of an image; may draw from torch's default generator.
-        seed: Seed of every draw.
-    """
-
-    def __init__(self, dataset: RowsOfImages, transform: Callable[..., Any], *, seed: int = 0) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    @abstractmethod
-    def __getitem__(self, request: BatchRequest) -> ImageBatch:
-        """Returns the requested batch; items with an image that cannot be used are in its ``bad_samples`` instead."""
-
-    def _collect(
-        self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]
-    ) -> tuple[list[AnySample], list[BadSample]]:
-        """Returns a sample of each item that can be used, and an error for each other one."""
-        samples, bad_samples = [], []
-        for pair in request.pairs[request.part]:
-            try:
-                samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
-            except BadSample as error:
-                bad_samples.append(error)
-        return samples, bad_samples
-
-    def _image(self, pair: int, rng: np.random.Generator) -> Tensor:
-        return self._transformed(rng, self.dataset.image(pair))
-
-    def _transformed(self, rng: np.random.Generator, *images: Image.Image) -> Any:
-        """Returns what the transform makes, whose draws depend on ``rng`` alone."""
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which seeds the GPUs as well: without workers, this is the training process.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return self.transform(*images)
-
-
 class PairBatches(Batches):
     """Batches of pairs of an image and a text.
 
@@ -125,6 +61,8 @@ class PairBatches(Batches):
         transform: As of ``Batches``.
         max_text_tokens: Texts are cut to so many tokens, CLS and SEP included.
         seed: Seed of every draw.
+        shares_images: Whether an image that several pairs of a batch have is decoded, and encoded, once: for a
+            transform that draws nothing and a vision tower without dropout that is exact.
     """
 
     dataset: PairDataset
@@ -137,13 +75,26 @@ class PairBatches(Batches):
         *,
         max_text_tokens: int,
         seed: int = 0,
+        shares_images: bool = False,
     ) -> None:
         super().__init__(dataset, transform, seed=seed)
-        self.tokenizer, self.max_text_tokens = tokenizer, max_text_tokens
+        self.tokenizer, self.max_text_tokens, self.shares_images = tokenizer, max_text_tokens, shares_images
+        self._shared: dict[int, Tensor] = {}  # by row, of the batch that is being made
+
+    def _collect(
+        self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]
+    ) -> tuple[list[AnySample], list[BadSample]]:
+        self._shared = {}
+        return super()._collect(request, make_sample)
 
     def _sample(self, pair: int, rng: np.random.Generator) -> Sample:
-        text = self.dataset.text(pair)
-        return Sample(pair=pair, image_CHW=self._image(pair, rng), text=text, encoding=self._encode(text))
+        text, row = self.dataset.text(pair), int(self.dataset.row[pair])
+        image_CHW = self._shared.get(row)
+        if image_CHW is None:
+            image_CHW = self._image(pair, rng)
+            if self.shares_images:
+                self._shared[row] = image_CHW
+        return Sample(pair=pair, image_CHW=image_CHW, text=text, encoding=self._encode(text))
 
     def _encode(self, text: str) -> Encoding:
         return encode(self.tokenizer, text, self.max_text_tokens)
@@ -156,8 +107,12 @@ class PairBatches(Batches):
         longest = max((len(encoding.ids) for encoding in [*encodings, *further_texts]), default=0)
         num_tokens = min(-(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE, self.max_text_tokens)
         text_ids_BT, is_padding_BT = self._pad_texts(encodings, num_tokens)
+        images = {id(sample.image_CHW): sample.image_CHW for sample in samples}
+        number_of = {key: number for number, key in enumerate(images)}
+        index = [number_of[id(sample.image_CHW)] for sample in samples]
         return {
-            "image_BCHW": stack([sample.image_CHW for sample in samples], (3, 0, 0)),
+            "image_BCHW": stack(list(images.values()), (3, 0, 0)),
+            "image_index_B": torch.tensor(index) if len(images) < len(samples) else None,
             "text_ids_BT": text_ids_BT,
             "is_padding_BT": is_padding_BT,
             "texts": [sample.text for sample in samples],
@@ -363,19 +318,9 @@ class RetrievalBatches(PairBatches):
         return [self.dataset.text(int(i)) for i in rng.integers(pairs.start, pairs.stop, size=self.num_false_texts)]
 
 
-def keyed_rng(seed: int, epoch: int, purpose: int, index: int) -> np.random.Generator:
-    """Returns the random generator of one pair, one batch or one epoch, as ``purpose`` says."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, purpose, index))))
-
-
 def pad(rows: Sequence[Sequence], length: int, dtype: DTypeLike, value: int) -> Tensor:
     """Returns the rows one below the other, each continued with ``value`` up to ``length``."""
     padded = np.full((len(rows), length), value, dtype)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return torch.from_numpy(padded)
-
-
-def stack(images: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Returns the images one after the other; if there are none, an empty tensor of images of the given shape."""
-    return torch.stack(list(images)) if images else torch.empty((0, *shape), dtype=torch.uint8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastm3ae.data.batch import LabelBatch, MaskBatch
-from fastm3ae.data.collate import Batches, BatchRequest, stack
+from fastm3ae.data.batches import Batches, BatchRequest, stack
 from fastm3ae.data.datasets import ImageDataset
 from fastm3ae.errors import BadSample
 

@@ -17,10 +17,20 @@ from torchvision.transforms import functional
 from fastm3ae.errors import UserError, nearest
 from fastm3ae.kernels import resize_crop
 
-__all__ = ["TRANSFORMS", "decode_image", "make_mask_transform", "make_transform", "normalization", "normalize"]
+__all__ = [
+    "FIXED_TRANSFORMS",
+    "TRANSFORMS",
+    "decode_image",
+    "make_mask_transform",
+    "make_transform",
+    "normalization",
+    "normalize",
+]
 
 TRANSFORMS = ("clip", "clip_resizedcrop", "clip_randaug", "imagenet", "imagenet_resizedcrop")
 """Names that ``make_transform`` and ``normalization`` know."""
+FIXED_TRANSFORMS = ("clip", "imagenet")
+"""Those that draw nothing."""
 
 CROP_AREA, CROP_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 BICUBIC, NEAREST = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.NEAREST

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae.config import PretrainConfig, RunConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
-from fastm3ae.data.collate import OF_EPOCH, Batches, BatchRequest, PretrainBatches, keyed_rng
+from fastm3ae.data.batches import OF_EPOCH, Batches, BatchRequest, keyed_rng
+from fastm3ae.data.collate import PretrainBatches
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.errors import BadSample, UserError

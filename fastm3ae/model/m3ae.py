@@ -156,11 +156,11 @@ class M3AE(Freezable):
 
     def vqa(self, batch: ImageTextBatch) -> Tensor:
         """Returns the logits (B, num_answers) of the answers."""
-        return self.vqa_head(self.cls_features(batch.image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
+        return self.vqa_head(self.cls_features(batch.images(), batch.text_ids_BT, batch.is_padding_BT))
 
     def classification(self, batch: ImageTextBatch) -> Tensor:
         """Returns the logits (B, num_classes) of the classes."""
-        return self.classification_head(self.cls_features(batch.image_BCHW, batch.text_ids_BT, batch.is_padding_BT))
+        return self.classification_head(self.cls_features(batch.images(), batch.text_ids_BT, batch.is_padding_BT))
 
     def retrieval(self, batch: RetrievalBatch) -> Tensor:
         """Returns the scores (B, 1 + R) of each image with its own text and with R false texts."""

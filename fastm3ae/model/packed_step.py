@@ -65,7 +65,7 @@ def plan_batch(model: M3AE, batch: ImageTextBatch, share_texts: bool = False, bu
     num_patches = model.vision.patch_embed.num_patches
     return make_plan(
         reads,
-        num_images=len(batch),
+        num_images=len(batch.image_BCHW),
         num_whole_tokens=num_image_tokens(model.vision),
         num_visible_tokens=1 + num_kept_patches(num_patches, config.mim.patch_frac),
         shares_texts=share_texts or not model.training or config.text.dropout_frac == 0,

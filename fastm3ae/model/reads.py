@@ -101,7 +101,7 @@ def _itm_head(model: M3AE, rows: Mapping[str, Tensor], batch: PretrainBatch, ord
 
 
 def _pair_reads(batch: ImageTextBatch, config: M3AEConfig) -> Reads:
-    return _cls_reads(_texts(batch), Images(np.arange(len(batch))), config)
+    return _cls_reads(_texts(batch), Images(batch.image_rows_B), config)
 
 
 def _vqa_head(model: M3AE, rows: Mapping[str, Tensor], batch: ImageTextBatch, order: PatchOrder | None) -> Tensor:

@@ -13,7 +13,6 @@ from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.batch import ClassificationBatch
 from fastm3ae.data.collate import ClassificationBatches
 from fastm3ae.data.datasets import ClassificationDataset
-from fastm3ae.data.loader import transform_of
 from fastm3ae.tasks.labels import ChoiceTask
 from fastm3ae.tasks.metrics import Interval, classification_metrics
 from fastm3ae.tasks.task import Item
@@ -68,13 +67,7 @@ class ClassificationTask(ChoiceTask):
         tokenizer: PreTrainedTokenizerFast,
         is_training: bool,
     ) -> ClassificationBatches:
-        return ClassificationBatches(
-            dataset,
-            tokenizer,
-            transform_of(config, is_training),
-            max_text_tokens=config.data.max_text_tokens,
-            seed=config.seed,
-        )
+        return ClassificationBatches(dataset, tokenizer, **self._batch_options(config, is_training))
 
     def _longest(self, fields: Mapping[str, Any]) -> ClassificationBatch:
         return ClassificationBatch(**fields, label_B=torch.zeros(len(fields["texts"]), dtype=torch.int64))

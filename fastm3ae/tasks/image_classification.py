@@ -33,8 +33,7 @@ class ImageClassificationTask(ImageTask):
 
     def items(self, output: Tensor, batch: LabelBatch) -> list[Item]:
         """Returns an item for each image of a batch."""
-        logits_BC = output.float()
-        label_BC = batch.label_BC.float()
+        logits_BC, label_BC = output.float().cpu(), batch.label_BC.float().cpu()
         loss_B = F.binary_cross_entropy_with_logits(logits_BC, label_BC, reduction="none").mean(dim=1)
         values = (logits_BC.sigmoid(), batch.label_BC, loss_B)
         names = ("pair", "image_id", "group", "probability", "expected", "loss")

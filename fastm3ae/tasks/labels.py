@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastm3ae.config import FinetuneConfig
+from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.datasets import ClassificationDataset, ImageDataset, VqaDataset
 from fastm3ae.errors import UserError
 from fastm3ae.tasks.evaluation import Evaluation
@@ -14,7 +15,6 @@ from fastm3ae.tasks.task import NUM_HARDEST, Item, Task
 
 __all__ = ["ChoiceTask", "LabelledTask", "check_labels", "read_labels"]
 
-SPLITS = ("train", "val", "test")
 NUM_EXAMPLES = 3
 
 Labelled = VqaDataset | ClassificationDataset | ImageDataset
@@ -32,10 +32,11 @@ class LabelledTask(Task):
         if about is not None:
             self.labels = tuple(about["labels"])
             return
-        files = [path for split in SPLITS for path in self.files(split) if path.exists()]
+        files = dataset_files(config.data.root, config.data.datasets, "train")
+        files += [path for split in ("val", "test") for path in self.files(split) if path.exists()]
         self.labels = read_labels([self._open([path]) for path in files])
         if not self.labels:
-            raise UserError(f"Not one item has a label in {', '.join(map(str, files)) or config.data.root}.")
+            raise UserError(f"Not one item has a label in {', '.join(map(str, files))}.")
 
     def dataset(self, split: str) -> Labelled:
         """Returns a split's items, whose labels are the task's."""

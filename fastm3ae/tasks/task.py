@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
-from fastm3ae.data.collate import OF_EPOCH, Batches, keyed_rng
+from fastm3ae.data.batches import OF_EPOCH, Batches, keyed_rng
 from fastm3ae.data.datasets import RowsOfImages
+from fastm3ae.data.images import FIXED_TRANSFORMS
 from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader, transform_of
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval
@@ -160,6 +161,18 @@ class Task(ABC):
     @abstractmethod
     def _longest(self, fields: Mapping[str, Any]) -> ImageBatch:
         """Returns the batch of these common fields that has the most of everything else."""
+
+    def _batch_options(self, config: FinetuneConfig, is_training: bool) -> dict[str, Any]:
+        """Returns how images and texts become batches."""
+        draws = is_training and (
+            config.data.train_transform not in FIXED_TRANSFORMS or config.model.vision.kind == "swin"
+        )
+        return {
+            "transform": transform_of(config, is_training),
+            "max_text_tokens": config.data.max_text_tokens,
+            "seed": config.seed,
+            "shares_images": not draws,
+        }
 
     def _drawn(self, dataset: RowsOfImages) -> np.ndarray:
         """Returns the pairs of a fraction of the images, at least one, drawn by the seed."""

@@ -13,7 +13,6 @@ from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.batch import VqaBatch
 from fastm3ae.data.collate import VqaBatches
 from fastm3ae.data.datasets import VqaDataset
-from fastm3ae.data.loader import transform_of
 from fastm3ae.tasks.labels import ChoiceTask
 from fastm3ae.tasks.metrics import Interval, majority_answers, vqa_metrics, vqa_scores
 from fastm3ae.tasks.task import Item
@@ -95,13 +94,7 @@ class VqaTask(ChoiceTask):
     def _batches(
         self, config: FinetuneConfig, dataset: VqaDataset, tokenizer: PreTrainedTokenizerFast, is_training: bool
     ) -> VqaBatches:
-        return VqaBatches(
-            dataset,
-            tokenizer,
-            transform_of(config, is_training),
-            max_text_tokens=config.data.max_text_tokens,
-            seed=config.seed,
-        )
+        return VqaBatches(dataset, tokenizer, **self._batch_options(config, is_training))
 
     def _longest(self, fields: Mapping[str, Any]) -> VqaBatch:
         num_pairs = len(fields["texts"])
