@@ -44,9 +44,6 @@ def test_a_bad_image_is_bad_for_each_question(tmp_path):
     made = batches(tmp_path, True)
     image_bytes = made.dataset.table.image_bytes
     made.dataset.table.image_bytes = lambda row, *column: image_bytes(row, *column)[: 40 if row == 2 else None]
-        made.dataset.table.image_bytes,
-        lambda row, *_: image(row)[: 40 if row == 2 else None],
-    )
     batch = made[REQUEST]
     assert batch.pairs == [0, 1, 7] and [bad.row for bad in batch.bad_samples] == [2, 2]
     assert batch.image_rows_B.tolist() == [0, 0, 1]
