@@ -22,6 +22,7 @@ D     width of a token
 H     attention heads
 P     pixels of a patch: patch height x patch width x 3 channels, in this order
 V     vocabulary
+C     classes
 CHW   channels, height and width of an image
 ====  ==========================================================================================
 """

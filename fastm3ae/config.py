@@ -13,15 +13,15 @@ from fastm3ae.model_config import (
     PRETRAINING_OBJECTIVES,
     AlignmentConfig,
     FusionConfig,
+    ImageConfig,
     ImageReconstructionConfig,
     LossWeightsConfig,
     M3AEConfig,
     MIMConfig,
     ModelConfig,
     MPMAConfig,
-    TextConfig,
-    VisionConfig,
 )
+from fastm3ae.tower_config import TextConfig, VisionConfig
 
 __all__ = [
     "MPMA_PRETRAINING_OBJECTIVES",
@@ -31,6 +31,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "FusionConfig",
+    "ImageConfig",
     "ImageReconstructionConfig",
     "LossWeightsConfig",
     "M3AEConfig",
@@ -62,7 +63,7 @@ class DataConfig:
     """Hub name or local folder of the tokenizer."""
     max_text_tokens: int = 64
     """Texts are cut to this many tokens, CLS and SEP included."""
-    train_transform: Literal["clip", "clip_resizedcrop", "clip_randaug", "imagenet"] = "clip"
+    train_transform: Literal["clip", "clip_resizedcrop", "clip_randaug", "imagenet", "imagenet_resizedcrop"] = "clip"
     """How a training image becomes a square: see ``fastm3ae.data.images``."""
     val_transform: Literal["clip", "imagenet"] = "clip"
     """The same for validation; no augmentation."""
@@ -81,7 +82,7 @@ class DataConfig:
             raise UserError(f"data.max_text_tokens must be at least 3 (CLS, a word, SEP), got {self.max_text_tokens}.")
         if not self.datasets:
             raise UserError("data.datasets must name at least one data set.")
-        if (self.train_transform == "imagenet") != (self.val_transform == "imagenet"):
+        if self.train_transform.startswith("imagenet") != (self.val_transform == "imagenet"):
             raise UserError(
                 "data.train_transform and data.val_transform must normalise alike: imagenet for both or none."
             )
@@ -271,6 +272,8 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.model.has_texts:
+            raise UserError("Pre-training is for images with texts: model.kind must be m3ae or mpma, got image.")
         if "global_alignment" in self.model.objectives and self.train.batch_size == 1:
             raise UserError(
                 "train.batch_size is 1, but global_alignment tells a pair from the batch's others: take at least 2, or "
@@ -282,9 +285,11 @@ class PretrainConfig(RunConfig):
 class TaskConfig:
     """What a model is fine-tuned for, and on which part of the data."""
 
-    kind: Literal["vqa", "classification", "retrieval"] = "vqa"
+    kind: Literal["vqa", "classification", "retrieval", "image_classification", "segmentation"] = "vqa"
     """vqa: choose the answer to a question about an image. classification: of an image with its text. retrieval: find
-    the text to an image and the image to a text."""
+    the text to an image and the image to a text. image_classification: find the classes of an image, and segmentation:
+    which of its pixels belong to a finding, both without texts: then the model's kind is "image", and no tokenizer is
+    loaded."""
     label_column: str = "p_meth_label"
     """Classification: the column of the classes."""
     num_false_texts: int = 15
@@ -292,9 +297,9 @@ class TaskConfig:
     num_recall_images: int | None = 200
     """Retrieval: over how many images recall is measured at each validation; None: all. Testing takes all."""
     train_frac: float = 1.0
-    """Train on this fraction of the training images, drawn by the seed."""
+    """Train on this fraction of the training images, drawn by the seed; a larger fraction holds those of a smaller."""
     freeze_towers: bool = False
-    """Leave the weights of both towers as they are."""
+    """Leave the weights of the towers as they are; of image_classification this makes a linear probe."""
     test: bool = True
     """Evaluate the weights that validated best on the test split at the end, where there is its file."""
 
@@ -317,6 +322,10 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        without_texts = self.task.kind in ("image_classification", "segmentation")
+        if without_texts == self.model.has_texts:
+            needed = "be image" if without_texts else "have texts (m3ae, mpma)"
+            raise UserError(f"For task.kind {self.task.kind} model.kind must {needed}, got {self.model.kind}.")
         if self.train.cuda_graphs:
             raise UserError("train.cuda_graphs is for pre-training; fine-tuning has train.compiled.")
 

@@ -132,18 +132,23 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
     raise KeyError(name)
 
 
-def from_official(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def from_official(
+    state: Mapping[str, Tensor], model: nn.Module, prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Renames an official state dict to the model's names.
 
     Args:
         state: Official state dict; also any other dictionary under official names, such as gradients.
         model: The model whose names are wanted. Tensors that it lacks are not converted.
+        prefix: Only names that start with it are wanted: "vision.", where the rest of the model is none of M3AE.
 
     Returns:
         Our tensors, and the official ones that were not used.
     """
     ours, used = {}, set()
     for name, parameter in model.named_parameters():
+        if not name.startswith(prefix):
+            continue
         sources = official_names(name, model.config.vision.kind)
         if all(source in state for source in sources):
             stacked = torch.cat([state[source] for source in sources]) if len(sources) > 1 else state[sources[0]]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fastm3ae.config import DataConfig, TrainConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.images import normalization, normalize
 from fastm3ae.errors import UserError
 
@@ -54,11 +54,11 @@ def autocast_context(train: TrainConfig, device: torch.device) -> Callable[[], A
     return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
-def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageTextBatch], ImageTextBatch]:
+def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageBatch], ImageBatch]:
     """Returns what copies a batch to the device and normalises its images there."""
     mean, std = (statistic.to(device) for statistic in normalization(data.val_transform))
 
-    def move(batch: ImageTextBatch) -> ImageTextBatch:
+    def move(batch: ImageBatch) -> ImageBatch:
         batch = batch.to(device, non_blocking=True)
         images = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
         return dataclasses.replace(batch, **{name: normalize(getattr(batch, name), mean, std) for name in images})

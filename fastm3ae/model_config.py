@@ -4,101 +4,31 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastm3ae.errors import UserError
+from fastm3ae.tower_config import TextConfig, VisionConfig
 
 __all__ = [
     "MPMA_PRETRAINING_OBJECTIVES",
     "PRETRAINING_OBJECTIVES",
     "AlignmentConfig",
     "FusionConfig",
+    "ImageConfig",
     "ImageReconstructionConfig",
     "LossWeightsConfig",
     "M3AEConfig",
     "MIMConfig",
     "MPMAConfig",
     "ModelConfig",
-    "TextConfig",
-    "VisionConfig",
 ]
 
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
 MPMAObjective = Literal[
     "image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment", "vqa", "classification"
 ]
+ImageObjective = Literal["image_classification", "segmentation"]
 PRETRAINING_OBJECTIVES: tuple[Objective, ...] = ("mlm", "mim", "itm")
 MPMA_PRETRAINING_OBJECTIVES: tuple[MPMAObjective, ...] = (
     "image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The vision tower: a ViT (timm's VisionTransformer) or a Swin (timm's SwinTransformer)."""
-
-    kind: Literal["clip", "vit", "swin"] = "clip"
-    """clip: CLIP ViT with pre-norm and QuickGELU. vit: plain ViT without pre-norm and with GELU, as MAE's and timm's
-    vit_base_patch16_224. swin: Swin Transformer, whose patches cannot be masked (no MIM)."""
-    weights: str = "random"
-    """Where the tower starts: "random", a timm model name, or a file or folder of weights (timm's or OpenAI's)."""
-    image_size_px: int = 288
-    """Height and width of the square input image; position embeddings are resized to it."""
-    patch_size_px: int = 16
-    """Height and width of a patch; 4 for Swin."""
-    width: int = 768
-    """Width of a token; for Swin the width of the first stage. A ViT has width // 64 heads."""
-    num_blocks: int = 11
-    """Transformer blocks of a ViT. M3AE's original builds one block fewer than its checkpoint has: 11 of 12."""
-    swin_num_blocks: tuple[int, ...] = (2, 2, 18, 2)
-    """Blocks per Swin stage."""
-    swin_num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    """Heads per Swin stage."""
-    swin_drop_path_frac: float = 0.1
-    """Stochastic depth of a Swin's last block."""
-
-    def __post_init__(self) -> None:
-        size, patch = self.image_size_px, self.patch_size_px
-        if size <= 0 or patch <= 0 or size % patch:
-            raise UserError(
-                f"model.vision.image_size_px must be a multiple of model.vision.patch_size_px, got {size} and {patch}."
-            )
-        if self.kind != "swin" and (self.width % 64 or self.width <= 0):
-            raise UserError(f"model.vision.width must be a multiple of 64 for a ViT, got {self.width}.")
-        if self.kind == "swin" and size % 32:
-            raise UserError(f"model.vision.image_size_px must be a multiple of 32 for Swin, got {size}.")
-
-    @property
-    def num_patches(self) -> int:
-        """N, the patches of an image."""
-        return (self.image_size_px // self.patch_size_px) ** 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The language tower: RoBERTa or BERT of transformers. Sizes are read from ``weights`` unless that is "random"."""
-
-    kind: Literal["roberta", "bert"] = "roberta"
-    """The architecture; read from ``weights`` unless that is "random"."""
-    weights: str = "random"
-    """Where the tower starts: "random", a hub name such as "roberta-base", or a local folder."""
-    vocab_size: int | None = None
-    """Entries of the vocabulary; None: the tokenizer's."""
-    pad_token_id: int | None = None
-    """Id of the padding token; None: the tokenizer's."""
-    width: int = 768
-    """Width of a token."""
-    num_layers: int = 12
-    """Transformer layers."""
-    num_heads: int = 12
-    """Attention heads."""
-    mlp_width: int = 3072
-    """Hidden width of the feed-forward network."""
-    max_positions: int = 514
-    """Rows of the position table. RoBERTa uses two more than the longest text."""
-    num_token_types: int = 1
-    """Rows of the token-type table: 1 for RoBERTa, 2 for BERT."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of the layer norms: 1e-5 for RoBERTa, 1e-12 for BERT."""
-    dropout_frac: float = 0.1
-    """Dropout on hidden states and attention, the towers' own (not the fusion's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +106,11 @@ class M3AEConfig:
     def image_size_px(self) -> int:
         """Height and width of the images that a batch holds."""
         return self.vision.image_size_px
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a language tower."""
+        return True
 
     @property
     def num_noise_patches(self) -> int:
@@ -330,6 +265,11 @@ class MPMAConfig:
         return self.vision.image_size_px * self.image.target_scale
 
     @property
+    def has_texts(self) -> bool:
+        """Whether there is a language tower."""
+        return True
+
+    @property
     def num_noise_patches(self) -> int:
         """For how many patches of an image a batch holds noise, which decides what is hidden."""
         return self.vision.num_patches
@@ -340,7 +280,51 @@ class MPMAConfig:
         return False
 
 
-ModelConfig = M3AEConfig | MPMAConfig
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """A vision tower with a head of its own, for images without texts: what MPMA's uni-modal tasks are tried with."""
+
+    kind: Literal["image"] = "image"
+    """Which model this is."""
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(kind="vit", image_size_px=224, num_blocks=12))
+    objectives: tuple[ImageObjective, ...] = ("image_classification",)
+    """Which head the model has: one of them."""
+    num_classes: int = 1
+    """Classes of image_classification, of which an image may have several."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What a linear layer finds the classes from. cls: the feature of CLS; of a Swin, which has none, the mean. mean:
+    the mean over all patches."""
+    decoder_widths: tuple[int, ...] = (256, 128, 64, 32)
+    """Segmentation: channels of the decoder's stages, each but the first on a grid of twice the height and width.
+    Source: the form is SETR-PUP's, as in MGCA; the widths are our choice, half of MGCA's."""
+    init_std: float = 0.02
+    """Standard deviation of the classes' initial weights."""
+
+    def __post_init__(self) -> None:
+        if len(self.objectives) != 1:
+            raise UserError(
+                f"model.objectives of an image model must be image_classification or segmentation, got "
+                f"{self.objectives}."
+            )
+        if "segmentation" in self.objectives and self.vision.kind == "swin":
+            raise UserError('Segmentation needs a ViT: use model.vision.kind "vit" or "clip", not "swin".')
+        if self.num_classes < 1:
+            raise UserError(f"model.num_classes must be at least 1, got {self.num_classes}.")
+        if not self.decoder_widths or min(self.decoder_widths) < 1:
+            raise UserError(f"model.decoder_widths must be at least one positive number, got {self.decoder_widths}.")
+
+    @property
+    def image_size_px(self) -> int:
+        """Height and width of the images that a batch holds."""
+        return self.vision.image_size_px
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a language tower."""
+        return False
+
+
+ModelConfig = M3AEConfig | MPMAConfig | ImageConfig
 
 
 def _check_heads(name: str, width: int, num_heads: int) -> None:

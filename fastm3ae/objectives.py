@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastm3ae.config import M3AEConfig, ModelConfig, MPMAConfig
-from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.config import ImageConfig, M3AEConfig, ModelConfig, MPMAConfig
+from fastm3ae.data.batch import ClassificationBatch, LabelBatch, MaskBatch, PretrainBatch, RetrievalBatch, VqaBatch
 from fastm3ae.kernels import masked_pixel_loss
 from fastm3ae.masking import num_kept_patches
 from fastm3ae.model.alignment import Gather, GlobalFeatures, alone, info_nce
@@ -25,6 +25,7 @@ __all__ = [
     "Loss",
     "classification",
     "global_alignment",
+    "image_classification",
     "image_reconstruction",
     "itm",
     "local_alignment",
@@ -34,6 +35,7 @@ __all__ = [
     "num_averaged",
     "report_reconstruction",
     "retrieval",
+    "segmentation",
     "total",
     "vqa",
 ]
@@ -149,6 +151,37 @@ def local_alignment(loss: Tensor, batch: PretrainBatch, config: MPMAConfig) -> L
     return Loss(config.loss_weights.local_alignment * loss, {})
 
 
+def image_classification(logits_BC: Tensor, batch: LabelBatch, config: ImageConfig) -> Loss:
+    """Binary cross entropy of each class, averaged over samples and classes; the metric is the share of right ones."""
+    label_BC = batch.label_BC.to(logits_BC.dtype)
+    is_right_BC = (logits_BC > 0) == (label_BC > 0)
+    return Loss(
+        F.binary_cross_entropy_with_logits(logits_BC, label_BC), {"accuracy": is_right_BC.float().mean(dim=1).sum()}
+    )
+
+
+def segmentation(logits_BHW: Tensor, batch: MaskBatch, config: ImageConfig) -> Loss:
+    """Binary cross entropy of each pixel plus 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), averaged over images.
+
+    p are the pixels' probabilities and t their truth, 0 or 1; the sums run over an image. The metric is the same ratio
+    for the pixels with p > 0.5, without the ones added, and 1 where there is nothing to find and nothing is found.
+
+    Source: The two parts, equally weighted and image by image, are our choice. MGCA weighs a focal loss against the
+    logarithm of the ratio over the whole batch (mgca/utils/segmentation_loss.py).
+    """
+    # In float32 under autocast, too: an image has more pixels than float16 can count.
+    logits_BHW, target_BHW = logits_BHW.float(), batch.mask_BHW.float()
+    both_B, sum_B = _overlap(logits_BHW.sigmoid(), target_BHW)
+    loss = F.binary_cross_entropy_with_logits(logits_BHW, target_BHW) + (1 - (2 * both_B + 1) / (sum_B + 1)).mean()
+    both_B, sum_B = _overlap((logits_BHW > 0).float(), target_BHW)
+    return Loss(loss, {"dice": torch.where(sum_B == 0, 1.0, 2 * both_B / sum_B.clamp_min(1)).sum()})
+
+
+def _overlap(p_BHW: Tensor, t_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns sum(p t) and sum(p) + sum(t) of each image."""
+    return (p_BHW * t_BHW).sum(dim=(1, 2)), p_BHW.sum(dim=(1, 2)) + t_BHW.sum(dim=(1, 2))
+
+
 OBJECTIVES: Mapping[str, Callable[[Any, Any, Any], Loss]] = {
     "mlm": mlm,
     "mim": mim,
@@ -160,6 +193,8 @@ OBJECTIVES: Mapping[str, Callable[[Any, Any, Any], Loss]] = {
     "report_reconstruction": report_reconstruction,
     "global_alignment": global_alignment,
     "local_alignment": local_alignment,
+    "image_classification": image_classification,
+    "segmentation": segmentation,
 }
 
 

@@ -22,6 +22,7 @@ from fastm3ae.config import (
     VisionConfig,
 )
 from fastm3ae.errors import UserError, nearest
+from fastm3ae.image_presets import IMAGE_PRESETS
 
 __all__ = ["FINETUNE_PRESETS", "PRESETS", "preset"]
 
@@ -283,6 +284,7 @@ FINETUNE_PRESETS: dict[str, dict[str, Callable[[], FinetuneConfig]]] = {
     "vqa": {"vqa-rad": vqa_rad, "slake": slake, "slack": slake, "medvqa-2019": medvqa_2019},
     "classification": {"melinda": melinda},
     "retrieval": {"roco": roco},
+    **IMAGE_PRESETS,
 }
 """By task; the first one is the default."""
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, BertModel, PreTrainedTokenizerFast, Roberta
 from fastm3ae.config import ModelConfig, RunConfig, TextConfig
 from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.convert import config_from_official, from_official, read_official, to_official, unused_by_original
+from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model, build_model
 from fastm3ae.model.heads import HEADS
@@ -33,6 +34,7 @@ __all__ = [
     "load_model",
     "load_tower_weights",
     "read_about",
+    "read_tokenizer",
     "read_weights",
     "resolve",
     "resolve_text",
@@ -60,12 +62,19 @@ class LoadReport(NamedTuple):
     ignored: list[str]
 
 
-def resolve(config: AnyRun, tokenizer: PreTrainedTokenizerFast) -> AnyRun:
+def read_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
+    """Returns a run's tokenizer; None if its model reads no texts."""
+    return load_tokenizer(config.data.tokenizer) if config.model.has_texts else None
+
+
+def resolve(config: AnyRun, tokenizer: PreTrainedTokenizerFast | None) -> AnyRun:
     """Fills in what the tokenizer and pretrained towers decide, and checks that data and model fit.
 
     Raises:
         UserError: The longest text would not fit the language tower.
     """
+    if tokenizer is None:
+        return config
     text = resolve_text(config.model.text, tokenizer)
     longest = text.max_positions - (2 if text.kind == "roberta" else 0)
     if config.data.max_text_tokens > longest:
@@ -123,9 +132,12 @@ def load_tower_weights(model: Model) -> None:
     Raises:
         UserError: The weights can't be found or are of another architecture.
     """
-    vision, text = model.config.vision, model.config.text
+    vision = model.config.vision
     if vision.weights != "random":
         _load_vision(model, vision.weights)
+    if not model.config.has_texts:
+        return
+    text = model.config.text
     if text.weights != "random":
         tower = RobertaModel if text.kind == "roberta" else BertModel
         pretrained = _from_hub(tower.from_pretrained, text.weights, "model.text.weights")
@@ -155,7 +167,7 @@ def _load_vision(model: Model, name: str) -> None:
                 f"({str(error).splitlines()[0]}); 'random' starts from scratch."
             ) from error
     if any(key.startswith("visual.") for key in state):  # OpenAI's CLIP, which official checkpoints hold too
-        state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model)
+        state, _ = from_official({f"vision_encoder.{key}": tensor for key, tensor in state.items()}, model, "vision.")
     else:
         state = {f"vision.{key}": tensor for key, tensor in state.items()}
     state = _resized(state, model)
@@ -293,7 +305,8 @@ def load_model(path: Path) -> Model:
 def init_model(model: Model, path: Path) -> LoadReport:
     """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
 
-    MPMA may also lack its fusion in the checkpoint, or the poolers, which it has for tasks alone.
+    MPMA may also find no fusion in the checkpoint, or no poolers, which it has for tasks alone. An image model takes
+    the vision tower, and its head if there is the same.
 
     Args:
         model: The model.
@@ -305,9 +318,9 @@ def init_model(model: Model, path: Path) -> LoadReport:
     state, _ = read_weights(path)
     ignored: list[str] = []
     if not any(name.startswith("vision.") for name in state):
-        if model.config.kind != "m3ae":
+        if model.config.kind == "mpma":
             raise UserError(f"{path} is a checkpoint of the original M3AE, from which MPMA cannot start.")
-        state, leftovers = from_official(state, model)
+        state, leftovers = from_official(state, model, "" if model.config.has_texts else "vision.")
         ignored = [name for name in leftovers if not unused_by_original(name)]
     state = _resized(state, model)
     own = model.state_dict()
@@ -333,7 +346,7 @@ def convert_checkpoint(source: Path, target: Path) -> None:
         raise UserError(f"{target} exists: choose another name.")
     model = load_model(source)
     if model.config.kind != "m3ae":
-        raise UserError(f"{source} is a checkpoint of MPMA, for which there is no original to convert it for.")
+        raise UserError(f"{source} is a checkpoint of {model.config.kind}, which the original M3AE does not have.")
     if target.suffix == ".ckpt":
         torch.save({"state_dict": to_official(model.state_dict(), model)}, target)
     else:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -14,6 +15,7 @@ __all__ = [
     "TileRow",
     "Usage",
     "case_sheet",
+    "draw_outline",
     "grey_out",
     "lay_over",
     "patchify",
@@ -127,6 +129,20 @@ def lay_over(image_BCHW: Tensor, weights_BN: Tensor, patch_size_px: int) -> Tens
     share_BNP = (MAX_HEAT_FRAC * relative_BN)[..., None].expand(-1, -1, 3 * patch_size_px**2)
     heat_311 = image_BCHW.new_tensor(HEAT)[:, None, None]
     return image_BCHW.lerp(heat_311.expand_as(image_BCHW), unpatchify(share_BNP, patch_size_px).to(image_BCHW.dtype))
+
+
+def draw_outline(image_CHW: Tensor, is_inside_HW: Tensor, colour: Sequence[float]) -> Tensor:
+    """Colours the pixels of a region that have a neighbour outside of it, or beside the image.
+
+    Args:
+        image_CHW: An image in [0, 1].
+        is_inside_HW: True in the region.
+        colour: Red, green and blue, in [0, 1].
+    """
+    is_outside_HW = F.pad(~is_inside_HW, (1, 1, 1, 1), value=True)
+    near_outside_HW = F.max_pool2d(is_outside_HW[None].float(), kernel_size=3, stride=1)[0] > 0
+    colour_C11 = image_CHW.new_tensor(colour)[:, None, None]
+    return torch.where(is_inside_HW & near_outside_HW, colour_C11, image_CHW)
 
 
 def reconstruction_grid(rows: Sequence[Reconstruction], min_tile_px: int = 144) -> Image.Image:

@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top: a room imports from its own files and from rooms below, never from beside or above.
 LAYERS = (
     {"errors"},
+    {"tower_config"},
     {"model_config"},
     {"config"},
+    {"image_presets"},
     {"configfile", "kernels", "presets"},
     {"masking", "official"},
     {"data"},

@@ -67,9 +67,9 @@ def finetune(arguments: Sequence[str]) -> None:
     options.add_argument("--seeds", type=int, nargs="+")
     chosen, overrides = options.parse_known_args(arguments[1:])
     description = (
-        "Fine-tunes a model, and tests it. --init-from CHECKPOINT takes the model and the tokenizer of one of our "
-        "checkpoints, or the weights of an official .ckpt; without it the model starts from its towers. --seeds 1 2 3 "
-        "makes a run of each into OUTPUT/seed_N, and a table of them."
+        "Fine-tunes a model, and tests it. --init-from CHECKPOINT takes the model and the tokenizer (without texts: "
+        "the vision tower) of one of our checkpoints, or the weights of an official .ckpt; without it the model "
+        "starts from its towers. --seeds 1 2 3 makes a run of each into OUTPUT/seed_N, and a table of them."
     )
 
     def starts_from(preset: Any, values: Mapping[str, Any]) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "IMAGE_LABEL_COLUMNS",
     "MELINDA_COLUMNS",
     "MIMIC_CXR_COLUMNS",
+    "PATIENT_COLUMN",
     "SEGMENTATION_COLUMNS",
     "VQA_COLUMNS",
     "ArrowTable",
@@ -76,6 +77,8 @@ SEGMENTATION_COLUMNS = {
     "split": "string",
 }
 """The same with a mask, a PNG of the image's size with the levels 0 and 255; all 0 where there is no finding."""
+PATIENT_COLUMN = {"patient": "string"}
+"""A column beside these where the source says whose an image is, and some patients have several."""
 
 BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch; a small batch keeps writing light.
 

@@ -11,57 +11,38 @@ from torch import Tensor
 
 from fastm3ae.errors import BadSample
 
-__all__ = ["ClassificationBatch", "ImageTextBatch", "PretrainBatch", "RetrievalBatch", "VqaBatch"]
+__all__ = [
+    "ClassificationBatch",
+    "ImageBatch",
+    "ImageTextBatch",
+    "LabelBatch",
+    "MaskBatch",
+    "PretrainBatch",
+    "RetrievalBatch",
+    "VqaBatch",
+]
 
-AnyBatch = TypeVar("AnyBatch", bound="ImageTextBatch")
-
-Batch = TypeVar("Batch", bound="ImageTextBatch")
+Batch = TypeVar("Batch", bound="ImageBatch")
 
 
 @dataclass(kw_only=True)
-class ImageTextBatch:
-    """B pairs of an image and a text, in the order in which the loader visits them.
+class ImageBatch:
+    """B items with an image each, in the order in which the loader visits them.
 
     Args:
-        image_BCHW: (B, 3, S, S) uint8, not yet normalised; fewer, where pairs share an image.
-        text_ids_BT: (B, T) int64, CLS and SEP included, padded with the tokenizer's padding id.
-        is_padding_BT: (B, T) bool, True at padding.
-        texts: The B texts as they stand in the file.
+        image_BCHW: (B, 3, S, S) uint8, not yet normalised.
         item_ids: The B image ids.
-        bad_samples: What was left out of this batch; its rows are not among the B pairs.
-        pairs: The B pairs' numbers in the data set; none where a batch is made of something else.
-        image_index_B: (B,) int64, which of the images each pair has; None: each its own.
-        image_rows_B: The same on the host; made from it.
-        num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
-
-    Raises:
-        ValueError: A text has padding in front of a token.
+        bad_samples: What was left out of this batch; its rows are not among the B items.
+        pairs: The B items' numbers in the data set; none where a batch is made of something else.
     """
 
     image_BCHW: Tensor
-    text_ids_BT: Tensor
-    is_padding_BT: Tensor
-    texts: list[str]
     item_ids: list[str]
     bad_samples: list[BadSample]
     pairs: list[int] = field(default_factory=list)
-    image_index_B: Tensor | None = None
-    image_rows_B: np.ndarray | None = None
-    num_tokens_B: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
-        if self.num_tokens_B is None:
-            self.num_tokens_B = _count_tokens(self.is_padding_BT)
-        if self.image_rows_B is None:
-            self.image_rows_B = np.arange(len(self)) if self.image_index_B is None else _on_host(self.image_index_B)
-
-    def images(self) -> Tensor:
-        """Returns the B pairs' images: those that pairs share, repeated."""
-        return self.image_BCHW if self.image_index_B is None else self.image_BCHW[self.image_index_B]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.item_ids)
 
     def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Returns the batch with every tensor on ``device``."""
@@ -76,6 +57,67 @@ class ImageTextBatch:
         return dataclasses.replace(
             self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         )
+
+
+@dataclass(kw_only=True)
+class LabelBatch(ImageBatch):
+    """Images with classes, any number of them each.
+
+    Args:
+        label_BC: (B, C) int8, 1 where an image is of a class, else 0.
+        groups: The patient of each image, or whatever else images are grouped by.
+    """
+
+    label_BC: Tensor
+    groups: list[str]
+
+
+@dataclass(kw_only=True)
+class MaskBatch(ImageBatch):
+    """Images with the pixels of a finding.
+
+    Args:
+        mask_BHW: (B, S, S) bool, True where a pixel belongs to it.
+        groups: As of ``LabelBatch``.
+    """
+
+    mask_BHW: Tensor
+    groups: list[str]
+
+
+@dataclass(kw_only=True)
+class ImageTextBatch(ImageBatch):
+    """B pairs of an image and a text; fewer images, where pairs share one.
+
+    Args:
+        text_ids_BT: (B, T) int64, CLS and SEP included, padded with the tokenizer's padding id.
+        is_padding_BT: (B, T) bool, True at padding.
+        texts: The B texts as they stand in the file.
+        image_index_B: (B,) int64, which of the images each pair has; None: each its own.
+        image_rows_B: The same on the host; made from it.
+        num_tokens_B: How many tokens of each text are not padding, on the host; made from is_padding_BT.
+
+    Raises:
+        ValueError: A text has padding in front of a token.
+    """
+
+    text_ids_BT: Tensor
+    is_padding_BT: Tensor
+    texts: list[str]
+    image_index_B: Tensor | None = None
+    image_rows_B: np.ndarray | None = None
+    num_tokens_B: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
+        if self.num_tokens_B is None:
+            self.num_tokens_B = _count_tokens(self.is_padding_BT)
+        if self.image_rows_B is None:
+            self.image_rows_B = np.arange(len(self)) if self.image_index_B is None else _on_host(self.image_index_B)
+
+    def images(self) -> Tensor:
+        """Returns the B pairs' images: those that pairs share, repeated."""
+        return self.image_BCHW if self.image_index_B is None else self.image_BCHW[self.image_index_B]
 
 
 @dataclass(kw_only=True)

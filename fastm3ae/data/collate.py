@@ -1,15 +1,9 @@
-"""From pairs to batches, in the loader's worker processes.
-
-Every random draw comes from a generator that is keyed by the run's seed, the epoch, and the pair or the batch that the
-draw is for. So nothing depends on the number of workers or on what was drawn before, and an epoch can be entered at any
-batch.
-"""
+"""From pairs of an image and a text to batches: see ``fastm3ae.data.batches``."""
 
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,35 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import MaskingConfig
-from fastm3ae.data.batch import ClassificationBatch, ImageTextBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.data.batch import ClassificationBatch, PretrainBatch, RetrievalBatch, VqaBatch
+from fastm3ae.data.batches import OF_BATCH, AnySample, Batches, BatchRequest, keyed_rng, stack
 from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
 from fastm3ae.data.text import encode
 from fastm3ae.errors import BadSample
 from fastm3ae.masking import corrupt, draw_corruption, select_tokens, select_words, select_words_official
 
-__all__ = ["BatchRequest", "Batches", "ClassificationBatches", "PretrainBatches", "RetrievalBatches", "VqaBatches"]
+__all__ = ["BatchRequest", "ClassificationBatches", "PretrainBatches", "RetrievalBatches", "VqaBatches"]
 
 TOKEN_MULTIPLE = 8  # texts are padded to a multiple of it: few shapes, and aligned rows
-OF_PAIR, OF_BATCH, OF_EPOCH = 0, 1, 2  # what a random generator is for
-
-AnySample = TypeVar("AnySample")
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """A part of batch number ``batch`` of an epoch; what is drawn for a batch does not depend on its division.
-
-    Args:
-        epoch: Number of the epoch.
-        batch: Number of the batch in the epoch.
-        pairs: The pairs of the whole batch.
-        part: Which of them are requested.
-    """
-
-    epoch: int
-    batch: int
-    pairs: Sequence[int]
-    part: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +52,20 @@ class PretrainSample:
     patch_noise_N: np.ndarray
 
 
-class Batches(ABC):
-    """A data set whose keys are requests and whose values are batches of one kind, which a subclass makes.
+class PairBatches(Batches):
+    """Batches of pairs of an image and a text.
 
     Args:
         dataset: The pairs.
         tokenizer: Splits the texts.
-        transform: Makes a (3, S, S) uint8 tensor of an image; may draw from torch's default generator.
+        transform: As of ``Batches``.
         max_text_tokens: Texts are cut to so many tokens, CLS and SEP included.
         seed: Seed of every draw.
         shares_images: Whether an image that several pairs of a batch have is decoded, and encoded, once: for a
             transform that draws nothing and a vision tower without dropout that is exact.
     """
+
+    dataset: PairDataset
 
     def __init__(
         self,
@@ -100,42 +77,27 @@ class Batches(ABC):
         seed: int = 0,
         shares_images: bool = False,
     ) -> None:
-        self.dataset, self.tokenizer, self.transform = dataset, tokenizer, transform
-        self.max_text_tokens, self.seed, self.shares_images = max_text_tokens, seed, shares_images
+        super().__init__(dataset, transform, seed=seed)
+        self.tokenizer, self.max_text_tokens, self.shares_images = tokenizer, max_text_tokens, shares_images
         self._shared: dict[int, Tensor] = {}  # by row, of the batch that is being made
-
-    @abstractmethod
-    def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        """Returns the requested batch; pairs with an image that cannot be used are in its ``bad_samples`` instead."""
 
     def _collect(
         self, request: BatchRequest, make_sample: Callable[[int, np.random.Generator], AnySample]
     ) -> tuple[list[AnySample], list[BadSample]]:
-        """Returns a sample of each pair that can be used, and an error for each other one."""
-        samples, bad_samples = [], []
         self._shared = {}
-        for pair in request.pairs[request.part]:
-            try:
-                samples.append(make_sample(pair, keyed_rng(self.seed, request.epoch, OF_PAIR, pair)))
-            except BadSample as error:
-                bad_samples.append(error)
-        return samples, bad_samples
+        return super()._collect(request, make_sample)
 
     def _sample(self, pair: int, rng: np.random.Generator) -> Sample:
-        text, row = self.dataset.text(pair), int(self.dataset.row[pair])
-        image_CHW = self._shared.get(row)
-        if image_CHW is None:
-            image_CHW = self._image(pair, rng)
-            if self.shares_images:
-                self._shared[row] = image_CHW
-        return Sample(pair=pair, image_CHW=image_CHW, text=text, encoding=self._encode(text))
+        text = self.dataset.text(pair)
+        return Sample(pair=pair, image_CHW=self._image(pair, rng), text=text, encoding=self._encode(text))
 
     def _image(self, pair: int, rng: np.random.Generator) -> Tensor:
-        image = self.dataset.image(pair)
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which seeds the GPUs as well: without workers, this is the training process.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return self.transform(image)
+        if not self.shares_images:
+            return super()._image(pair, rng)
+        row = int(self.dataset.row[pair])
+        if row not in self._shared:
+            self._shared[row] = super()._image(pair, rng)
+        return self._shared[row]
 
     def _encode(self, text: str) -> Encoding:
         return encode(self.tokenizer, text, self.max_text_tokens)
@@ -169,7 +131,7 @@ class Batches(ABC):
         return ids_BT, is_padding_BT
 
 
-class PretrainBatches(Batches):
+class PretrainBatches(PairBatches):
     """Pairs with their masks and false images.
 
     A batch's labels for image-text matching are floor(B / 2) ones, the rest zeros, permuted. A false image is drawn
@@ -278,7 +240,7 @@ class PretrainBatches(Batches):
         return select_words(word_ids, self.masking.token_frac, rng)
 
 
-class VqaBatches(Batches):
+class VqaBatches(PairBatches):
     """Questions with their answers."""
 
     dataset: VqaDataset
@@ -298,7 +260,7 @@ class VqaBatches(Batches):
         )
 
 
-class ClassificationBatches(Batches):
+class ClassificationBatches(PairBatches):
     """Pairs with their classes."""
 
     dataset: ClassificationDataset
@@ -312,7 +274,7 @@ class ClassificationBatches(Batches):
         )
 
 
-class RetrievalBatches(Batches):
+class RetrievalBatches(PairBatches):
     """Pairs with texts that are drawn uniformly over all pairs of the pair's own data set, itself included.
 
     Args:
@@ -359,19 +321,9 @@ class RetrievalBatches(Batches):
         return [self.dataset.text(int(i)) for i in rng.integers(pairs.start, pairs.stop, size=self.num_false_texts)]
 
 
-def keyed_rng(seed: int, epoch: int, purpose: int, index: int) -> np.random.Generator:
-    """Returns the random generator of one pair, one batch or one epoch, as ``purpose`` says."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, purpose, index))))
-
-
 def pad(rows: Sequence[Sequence], length: int, dtype: DTypeLike, value: int) -> Tensor:
     """Returns the rows one below the other, each continued with ``value`` up to ``length``."""
     padded = np.full((len(rows), length), value, dtype)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return torch.from_numpy(padded)
-
-
-def stack(images: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Returns the images one after the other; if there are none, an empty tensor of images of the given shape."""
-    return torch.stack(list(images)) if images else torch.empty((0, *shape), dtype=torch.uint8)

@@ -12,11 +12,15 @@ from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.data.images import decode_image
 from fastm3ae.errors import BadSample, UserError
 
-__all__ = ["ClassificationDataset", "ImageDataset", "PairDataset", "VqaDataset"]
+__all__ = ["ClassificationDataset", "ImageDataset", "PairDataset", "RowsOfImages", "VqaDataset"]
 
 
-class _RowsOfImages:
-    """Rows of several files joined, each with an image and its id.
+class RowsOfImages:
+    """Rows of several files joined, each with an image and its id, of which a subclass makes items.
+
+    Attributes:
+        row: (num_items,) int64, the row of each item; here each row is one.
+        notes: Remarks for the user's log, such as a file without an item.
 
     Args:
         files: Arrow files, one per data set.
@@ -24,13 +28,31 @@ class _RowsOfImages:
         alpha: What happens to transparent images (``DataConfig.alpha``).
     """
 
+    notes: list[str]
+
     def __init__(
         self, files: Sequence[Path], columns: Mapping[str, str], alpha: Literal["composite", "official"]
     ) -> None:
         columns = {"image": "binary", "image_id": "string", **columns}
         self.table = ArrowTable.open(files, columns)
         self.columns, self.alpha = tuple(columns), alpha
+        self.row = np.arange(len(self.table))
         self._first_row_of_file = np.cumsum([0] + [len(ArrowTable([file])) for file in files])
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def image_id(self, index: int) -> str:
+        """Returns the id of an item's image."""
+        return self.table.row(self.row[index], "image_id")
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an item's image, decoded.
+
+        Raises:
+            BadSample: The bytes are no image that can be decoded.
+        """
+        return self._image(int(self.row[index]))
 
     def fingerprints(self) -> dict[str, str]:
         """Returns for each file, by name, the SHA-256 of texts, ids, labels and image sizes; no image is read."""
@@ -55,13 +77,15 @@ class _RowsOfImages:
         return [f"{file} holds no {item}." for file in empty]
 
 
-class ImageDataset(_RowsOfImages):
+class ImageDataset(RowsOfImages):
     """Images with labels and, for segmentation, masks; without texts.
 
     Attributes:
         labels: (num_images, num_classes) int8, 0 or 1 for each class.
         class_names: The classes, in the order of the labels.
         has_masks: Whether each image has a mask.
+        unit: What images are grouped by: "patient", or "image" where the files do not say whose an image is.
+        groups: The group of each image.
         notes: Remarks for the user's log, such as a file without an image.
 
     Args:
@@ -74,8 +98,12 @@ class ImageDataset(_RowsOfImages):
     """
 
     def __init__(self, files: Sequence[Path], alpha: Literal["composite", "official"] = "composite") -> None:
-        self.has_masks = "mask" in ArrowTable(files).batches[0].schema.names
-        super().__init__(files, {"labels": "list<int>", **({"mask": "binary"} if self.has_masks else {})}, alpha)
+        names = ArrowTable(files).batches[0].schema.names
+        optional = {name: kind for name, kind in {"mask": "binary", "patient": "string"}.items() if name in names}
+        super().__init__(files, {"labels": "list<int>", **optional}, alpha)
+        self.has_masks = "mask" in optional
+        self.unit = "patient" if "patient" in optional else "image"
+        self.groups: list[str] = self.table.column("patient" if "patient" in optional else "image_id")
         self.class_names = self._class_names()
         labels = self.table.column("labels")
         for row, values in enumerate(labels):
@@ -87,21 +115,6 @@ class ImageDataset(_RowsOfImages):
                 )
         self.labels = np.array(labels, dtype=np.int8).reshape(-1, len(self.class_names))
         self.notes = self._notes(np.diff(self._first_row_of_file), "image")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def image_id(self, index: int) -> str:
-        """Returns an image's id."""
-        return self.table.row(index, "image_id")
-
-    def image(self, index: int) -> Image.Image:
-        """Returns an image, decoded.
-
-        Raises:
-            BadSample: The bytes are no image that can be decoded.
-        """
-        return self._image(index)
 
     def mask(self, index: int) -> Image.Image:
         """Returns an image's mask: ``L``, of the image's size, 255 where the finding is and 0 elsewhere.
@@ -123,20 +136,24 @@ class ImageDataset(_RowsOfImages):
             raise self._bad_sample(index, f"the mask is not of the image's size: {sizes}")
         return mask
 
-    def _class_names(self) -> list[str]:
-        """Returns the classes that the files name."""
+    def label_names(self) -> dict[str, list[str]]:
+        """Returns for each file, by name, its classes."""
         classes = {name: facts.get("classes", {}).get("labels") for name, facts in self.table.facts().items()}
-        (first, names), *others = classes.items()
         for file, found in classes.items():
             if not found:
                 raise UserError(f"{file} does not name the classes of its labels, as `fastm3ae prepare` does.")
+        return classes
+
+    def _class_names(self) -> list[str]:
+        """Returns the classes that all files name."""
+        (first, names), *others = self.label_names().items()
         for file, found in others:
             if found != names:
                 raise UserError(f"{file} has the classes {', '.join(found)}, but {first} has {', '.join(names)}.")
         return names
 
 
-class PairDataset(_RowsOfImages):
+class PairDataset(RowsOfImages):
     """Pairs (image i, text j of image i), i and then j rising, of several files joined: for pre-training and retrieval.
 
     Attributes:
@@ -173,24 +190,9 @@ class PairDataset(_RowsOfImages):
         self._first_pair_of_file = first_pair[self._first_row_of_file]
         self.notes = self._notes(np.diff(self._first_pair_of_file), "pair of an image and a text")
 
-    def __len__(self) -> int:
-        return len(self.row)
-
     def text(self, pair: int) -> str:
         """Returns the pair's text as it stands in the file."""
         return self.table.row(self.row[pair], self.text_column)[self.position[pair]]
-
-    def image_id(self, pair: int) -> str:
-        """Returns the id of the pair's image."""
-        return self.table.row(self.row[pair], "image_id")
-
-    def image(self, pair: int) -> Image.Image:
-        """Returns the pair's image, decoded.
-
-        Raises:
-            BadSample: The bytes are no image that can be decoded.
-        """
-        return self._image(int(self.row[pair]))
 
     def same_dataset(self, pair: int) -> range:
         """Returns all pairs of the pair's own file, itself included: what false images and texts are drawn from.

@@ -12,16 +12,28 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from fastm3ae.errors import UserError, nearest
 from fastm3ae.kernels import resize_crop
 
-__all__ = ["FIXED_TRANSFORMS", "TRANSFORMS", "decode_image", "make_transform", "normalization", "normalize"]
+__all__ = [
+    "FIXED_TRANSFORMS",
+    "TRANSFORMS",
+    "decode_image",
+    "make_mask_transform",
+    "make_transform",
+    "normalization",
+    "normalize",
+]
 
-TRANSFORMS = ("clip", "clip_resizedcrop", "clip_randaug", "imagenet")
+TRANSFORMS = ("clip", "clip_resizedcrop", "clip_randaug", "imagenet", "imagenet_resizedcrop")
 """Names that ``make_transform`` and ``normalization`` know."""
 FIXED_TRANSFORMS = ("clip", "imagenet")
 """Those that draw nothing."""
+
+CROP_AREA, CROP_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
+BICUBIC, NEAREST = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.NEAREST
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -74,9 +86,10 @@ def decode_image(
 def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], torch.Tensor]:
     """Returns the function that makes a square of an image of any size.
 
-    ``clip`` and ``imagenet`` resize the shorter side (bicubic) and cut out the centre. ``clip_resizedcrop`` resizes a
-    random 90 to 100 % of the area, of aspect ratio 3/4 to 4/3. ``clip_randaug`` applies two random operations of
-    magnitude 9 before it does as ``clip``. The random ones draw from torch's global generator.
+    ``clip`` and ``imagenet`` resize the shorter side (bicubic) and cut out the centre. ``clip_resizedcrop`` and
+    ``imagenet_resizedcrop`` resize a random 90 to 100 % of the area, of aspect ratio 3/4 to 4/3. ``clip_randaug``
+    applies two random operations of magnitude 9 before it does as ``clip``. The random ones draw from torch's global
+    generator. ``clip`` and ``imagenet`` also say how the squares are normalised: see ``normalization``.
 
     Args:
         name: One of ``TRANSFORMS``.
@@ -96,13 +109,50 @@ def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], tor
     """
     _check_name(name)
     middle = functools.partial(_middle, size_px=image_size_px)
-    if name == "clip_resizedcrop":
-        bicubic = transforms.InterpolationMode.BICUBIC
-        crop = transforms.RandomResizedCrop(image_size_px, scale=(0.9, 1.0), interpolation=bicubic)
+    if name.endswith("resizedcrop"):
+        crop = transforms.RandomResizedCrop(image_size_px, scale=CROP_AREA, ratio=CROP_RATIO, interpolation=BICUBIC)
         return transforms.Compose([crop, middle])
     if name == "clip_randaug":
         return transforms.Compose([transforms.RandAugment(num_ops=2, magnitude=9), middle])
     return middle
+
+
+def make_mask_transform(
+    name: str, image_size_px: int
+) -> Callable[[Image.Image, Image.Image], tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the function that makes squares of an image and of its mask, in which the same pixels belong together.
+
+    Nothing is cut away: ``clip`` and ``imagenet`` resize the whole to the square, whatever its shape. With
+    ``clip_resizedcrop`` and ``imagenet_resizedcrop`` it is the same random part of both, of the size that
+    ``make_transform`` says, its aspect ratio relative to the whole's. The image is resized bicubically, of the mask the
+    nearest pixel is taken.
+
+    Args:
+        name: One of ``TRANSFORMS``, but ``clip_randaug``, whose operations are for images alone.
+        image_size_px: Height and width S of the results.
+
+    Returns:
+        A function from an image of ``decode_image`` and a mask of its size, ``L`` with the levels 0 and 255, to a uint8
+        tensor (3, S, S) and a bool one (S, S).
+
+    Raises:
+        UserError: The name is unknown, or the one that is not for masks.
+    """
+    _check_name(name)
+    if name == "clip_randaug":
+        raise UserError("data.train_transform clip_randaug is not for masks: take clip or clip_resizedcrop.")
+    size = [image_size_px, image_size_px]
+
+    def transform(image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        part = (0, 0, image.height, image.width)  # top, left, height, width
+        if name.endswith("resizedcrop"):
+            ratio = [limit * image.width / image.height for limit in CROP_RATIO]
+            part = transforms.RandomResizedCrop.get_params(image, list(CROP_AREA), ratio)
+        square = _middle(functional.resized_crop(image, *part, size, BICUBIC), image_size_px)
+        # Pillow's nearest pixel is that at the new one's centre; a tensor's would be half a pixel off.
+        return square, torch.from_numpy(np.array(functional.resized_crop(mask, *part, size, NEAREST)) > 0)
+
+    return transform
 
 
 def normalization(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +162,7 @@ def normalization(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         UserError: The name is not one of ``TRANSFORMS``.
     """
     _check_name(name)
-    mean, std = _IMAGENET if name == "imagenet" else _CLIP
+    mean, std = _IMAGENET if name.startswith("imagenet") else _CLIP
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
 

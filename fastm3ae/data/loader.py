@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import PretrainConfig, RunConfig
 from fastm3ae.data.arrow import dataset_files
-from fastm3ae.data.batch import ImageTextBatch
-from fastm3ae.data.collate import OF_EPOCH, Batches, BatchRequest, PretrainBatches, keyed_rng
+from fastm3ae.data.batch import ImageBatch
+from fastm3ae.data.batches import OF_EPOCH, Batches, BatchRequest, keyed_rng
+from fastm3ae.data.collate import PretrainBatches
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.errors import BadSample, UserError
@@ -124,7 +125,7 @@ class Loader:
         """Returns the number of batches of an epoch."""
         return self._order.num_batches
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[ImageTextBatch]]:
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[ImageBatch]]:
         """Yields this process's pieces of each batch of an epoch, from number ``first_batch`` on.
 
         The batches before cost nothing. A piece without a pair that can be used is left out.
@@ -151,7 +152,7 @@ class Loader:
         if not is_any_good and self.bad_samples:
             raise UserError(f"Not one pair can be used; the first of {len(self.bad_samples)}: {self.bad_samples[0]}")
 
-    def _next(self, pieces: Iterator[ImageTextBatch]) -> ImageTextBatch:
+    def _next(self, pieces: Iterator[ImageBatch]) -> ImageBatch:
         try:
             return next(pieces)
         except RuntimeError as error:

@@ -25,13 +25,14 @@ __all__ = [
     "MLMOutputs",
     "Pooler",
     "init_weights",
+    "rows_of_block",
     "sincos_positions",
 ]
 
 # Parameters of these names belong to one objective; all others are shared. Heads that M3AE and MPMA both have carry
 # the same name.
 HEADS = ("mlm_head.", "mim_decoder.", "itm_head.", "vqa_head.", "classification_head.", "retrieval_head.",
-         "global_head.", "local_head.")  # fmt: skip
+         "global_head.", "local_head.", "image_classification_head.", "segmentation_head.")  # fmt: skip
 
 
 class Pooler(nn.Module):
@@ -150,11 +151,11 @@ class MIMDecoder(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BLD = block(x_BLD)
-        x_BLD = last(x_BLD)[:, 1:] if hidden_BU is None else _rows_of_block(last, x_BLD, hidden_BU + 1)
+        x_BLD = last(x_BLD)[:, 1:] if hidden_BU is None else rows_of_block(last, x_BLD, hidden_BU + 1)
         return self.pixels(self.norm(x_BLD))
 
 
-def _rows_of_block(block: Block, x_BLD: Tensor, rows_BU: Tensor) -> Tensor:
+def rows_of_block(block: Block, x_BLD: Tensor, rows_BU: Tensor) -> Tensor:
     """Returns the rows (B, U, D) of what a block makes of x: the others are only keys and values."""
     attention, width = block.attn, x_BLD.shape[-1]
 

@@ -234,7 +234,7 @@ class MPMAPlan:
         sides = ["alignment"] if is_retrieval else list(dict.fromkeys(map(_side_of, config.objectives)))
         self.towers: Plan = make_plan(
             {side: _reads(side, batch, config, is_full) for side in sides},
-            num_images=len(batch),
+            num_images=len(batch.image_BCHW),
             num_whole_tokens=1 + num_patches,
             num_visible_tokens=1 + num_kept,
             shares_texts=True,
@@ -290,7 +290,8 @@ def _reads(side: str, batch: ImageTextBatch, config: MPMAConfig, is_full: bool) 
     ids_BT = batch.text_ids_BT if sees_all else batch.mlm_ids_BT
     texts = Texts("full" if sees_all else "masked", ids_BT, batch.num_tokens_B, pairs)
     text = None if side == "image_reconstruction" else everything
-    return Reads(texts, Images(pairs, visible_only=not sees_image), text=text, image=everything)
+    images = Images(batch.image_rows_B, visible_only=not sees_image)
+    return Reads(texts, images, text=text, image=everything)
 
 
 def _hidden_positions(batch: PretrainBatch) -> tuple[np.ndarray, np.ndarray]:

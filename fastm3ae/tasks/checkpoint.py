@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.configfile import from_dict
-from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import has_tokenizer, init_model, read_about, resolve
+from fastm3ae.pretrained import has_tokenizer, init_model, read_about, read_tokenizer, resolve
 from fastm3ae.tasks.task import Task
 
 __all__ = ["load_finetuned", "read_finetuned"]
@@ -41,7 +40,7 @@ def read_finetuned(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
 
 def load_finetuned(
     checkpoint: Path, run: FinetuneConfig, task: Task, device: torch.device
-) -> tuple[FinetuneConfig, PreTrainedTokenizerFast, Model]:
+) -> tuple[FinetuneConfig, PreTrainedTokenizerFast | None, Model]:
     """Returns the training, resolved, its tokenizer, and the model with a checkpoint's weights.
 
     Args:
@@ -53,7 +52,7 @@ def load_finetuned(
     Raises:
         UserError: The tokenizer or the weights cannot be read, or do not fit the model.
     """
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = read_tokenizer(run)
     run = resolve(dataclasses.replace(run, model=task.with_head(run.model)), tokenizer)
     model = build_model(run.model)
     report = init_model(model, checkpoint)

@@ -1,4 +1,4 @@
-"""Tasks that choose among labels: what these stand for, as the data files say, and that all files agree."""
+"""Tasks with labels: what these stand for, as the data files say, and that all files agree."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.data.arrow import dataset_files
-from fastm3ae.data.datasets import ClassificationDataset, VqaDataset
+from fastm3ae.data.datasets import ClassificationDataset, ImageDataset, VqaDataset
 from fastm3ae.errors import UserError
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.task import NUM_HARDEST, Item, Task
 
-__all__ = ["ChoiceTask", "Chosen", "check_labels", "read_labels"]
+__all__ = ["ChoiceTask", "Chosen", "LabelledTask", "check_labels", "read_labels"]
 
 NUM_EXAMPLES = 3
 
-Labelled = VqaDataset | ClassificationDataset
+Labelled = VqaDataset | ClassificationDataset | ImageDataset
 
 
 class Chosen(NamedTuple):
@@ -32,8 +32,8 @@ class Chosen(NamedTuple):
     probabilities: Tensor
 
 
-class ChoiceTask(Task):
-    """A task that chooses one of its labels for each item.
+class LabelledTask(Task):
+    """A task whose data have labels.
 
     Raises:
         UserError: A data file cannot be used, has other labels than another one, or none has any.
@@ -55,6 +55,10 @@ class ChoiceTask(Task):
         dataset = super().dataset(split)
         check_labels(dataset, self.labels, "the model")
         return dataset
+
+
+class ChoiceTask(LabelledTask):
+    """A task that chooses one of its labels for each item."""
 
     def choices(self, output: Tensor, num: int = 1) -> Chosen:
         """Returns the labels with the largest logits, and their probabilities.

@@ -5,12 +5,19 @@ from typing import Any
 
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.tasks.classification import ClassificationTask
+from fastm3ae.tasks.image_classification import ImageClassificationTask
+from fastm3ae.tasks.segmentation import SegmentationTask
 from fastm3ae.tasks.task import Task
 from fastm3ae.tasks.vqa import VqaTask
 
 __all__ = ["TASKS", "make_task"]
 
-TASKS: Mapping[str, type[Task]] = {"vqa": VqaTask, "classification": ClassificationTask}
+TASKS: Mapping[str, type[Task]] = {
+    "vqa": VqaTask,
+    "classification": ClassificationTask,
+    "image_classification": ImageClassificationTask,
+    "segmentation": SegmentationTask,
+}
 
 
 def make_task(config: FinetuneConfig, about: Mapping[str, Any] | None = None) -> Task:

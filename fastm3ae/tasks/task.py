@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.arrow import dataset_files
-from fastm3ae.data.batch import ImageTextBatch
-from fastm3ae.data.collate import OF_EPOCH, Batches, keyed_rng
-from fastm3ae.data.datasets import PairDataset
+from fastm3ae.data.batch import ImageBatch
+from fastm3ae.data.batches import OF_EPOCH, Batches, keyed_rng
+from fastm3ae.data.datasets import RowsOfImages
 from fastm3ae.data.images import FIXED_TRANSFORMS
 from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader, transform_of
 from fastm3ae.tasks.evaluation import Evaluation
@@ -58,7 +58,7 @@ class Task(ABC):
         """Returns a split's files, which may not exist."""
         return [Path(self.config.data.root, f"{name}_{split}.arrow") for name in self.config.data.datasets]
 
-    def dataset(self, split: str) -> PairDataset:
+    def dataset(self, split: str) -> RowsOfImages:
         """Returns a split's items.
 
         Raises:
@@ -69,7 +69,7 @@ class Task(ABC):
     def loader(
         self,
         config: FinetuneConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | None,
         split: str,
         *,
         place: Place = WHOLE,
@@ -80,7 +80,7 @@ class Task(ABC):
 
         Args:
             config: The run, resolved.
-            tokenizer: Splits the texts.
+            tokenizer: Splits the texts, where there are any.
             split: Which files are read.
             place: Which part of each batch this process works on.
             num_workers: Worker processes of this process.
@@ -92,17 +92,20 @@ class Task(ABC):
         pairs = self._drawn(batches.dataset) if is_training and config.task.train_frac < 1 else None
         return make_loader(config, batches, is_training, place=place, num_workers=num_workers, pairs=pairs)
 
-    def longest_batch(self, config: FinetuneConfig, num_pairs: int) -> ImageTextBatch:
+    def longest_batch(self, config: FinetuneConfig, num_pairs: int) -> ImageBatch:
         """Returns a batch of so many pairs that needs as much memory as any."""
         size, num_tokens = config.model.image_size_px, config.data.max_text_tokens
         fields = {
             "image_BCHW": torch.zeros(num_pairs, 3, size, size),
-            "text_ids_BT": torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1),
-            "is_padding_BT": torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
-            "texts": [""] * num_pairs,
             "item_ids": [""] * num_pairs,
             "bad_samples": [],
         }
+        if config.model.has_texts:
+            fields |= {
+                "text_ids_BT": torch.full((num_pairs, num_tokens), (config.model.text.pad_token_id or 0) + 1),
+                "is_padding_BT": torch.zeros(num_pairs, num_tokens, dtype=torch.bool),
+                "texts": [""] * num_pairs,
+            }
         return self._longest(fields)
 
     @abstractmethod
@@ -110,7 +113,7 @@ class Task(ABC):
         """Returns the model's configuration with this task's head in the place of all others."""
 
     @abstractmethod
-    def items(self, output: Tensor, batch: ImageTextBatch) -> list[Item]:
+    def items(self, output: Tensor, batch: ImageBatch) -> list[Item]:
         """Returns an item for each pair of a batch.
 
         Args:
@@ -132,18 +135,31 @@ class Task(ABC):
             **resampling: What ``bootstrap`` takes.
         """
 
+    def squares(self, config: FinetuneConfig, dataset: RowsOfImages) -> Callable[[int], Tensor]:
+        """Returns what gives the image of an item as the model sees it, (3, S, S) in [0, 1]."""
+        transform = transform_of(config, is_training=False)
+        return lambda pair: transform(dataset.image(pair)).float() / 255
+
+    def unit(self, dataset: RowsOfImages) -> str:
+        """Returns what the groups of items are that metrics are resampled by."""
+        return "image"
+
     @abstractmethod
-    def _open(self, files: Sequence[Path]) -> PairDataset:
+    def _open(self, files: Sequence[Path]) -> RowsOfImages:
         """Returns the items of these files."""
 
     @abstractmethod
     def _batches(
-        self, config: FinetuneConfig, dataset: PairDataset, tokenizer: PreTrainedTokenizerFast, is_training: bool
+        self,
+        config: FinetuneConfig,
+        dataset: RowsOfImages,
+        tokenizer: PreTrainedTokenizerFast | None,
+        is_training: bool,
     ) -> Batches:
         """Returns what makes the batches."""
 
     @abstractmethod
-    def _longest(self, fields: Mapping[str, Any]) -> ImageTextBatch:
+    def _longest(self, fields: Mapping[str, Any]) -> ImageBatch:
         """Returns the batch of these common fields that has the most of everything else."""
 
     def _batch_options(self, config: FinetuneConfig, is_training: bool) -> dict[str, Any]:
@@ -158,7 +174,7 @@ class Task(ABC):
             "shares_images": not draws,
         }
 
-    def _drawn(self, dataset: PairDataset) -> np.ndarray:
+    def _drawn(self, dataset: RowsOfImages) -> np.ndarray:
         """Returns the pairs of a fraction of the images, at least one, drawn by the seed."""
         num_images = len(dataset.table)
         num_drawn = max(1, round(num_images * self.config.task.train_frac))

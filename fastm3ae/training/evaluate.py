@@ -5,12 +5,10 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
 from fastm3ae.configfile import to_dict
-from fastm3ae.data.loader import transform_of
 from fastm3ae.device import autocast_context, batch_mover, pick_device
 from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned
 from fastm3ae.tasks.evaluation import About, Evaluation, write_evaluation
@@ -52,12 +50,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
                     outputs = model(to_device(batch))
                 items += task.items(outputs[task.objective], batch)
             bar.update(min(config.batch_size, loader.num_pairs - bar.n))
-    transform = transform_of(run, is_training=False)
-
-    def square(pair: int) -> Tensor:
-        return transform(loader.dataset.image(pair)).float() / 255
-
-    evaluation = task.evaluation(items, square, num_resamples=config.num_resamples)
+    evaluation = task.evaluation(items, task.squares(run, loader.dataset), num_resamples=config.num_resamples)
     if loader.bad_samples:
         first = f"{len(loader.bad_samples)} items were left out because of their images; the first: "
         evaluation = dataclasses.replace(evaluation, notes=[*evaluation.notes, f"{first}{loader.bad_samples[0]}"])
@@ -72,7 +65,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
         fingerprints=loader.dataset.fingerprints(),
         preparation={name: facts.get("options", {}) for name, facts in loader.dataset.table.facts().items()},
         labels=list(task.labels),
-        resampling_unit="image",
+        resampling_unit=task.unit(loader.dataset),
         environment=environment(device),
     )
     write_evaluation(evaluation, Path(config.output), described)

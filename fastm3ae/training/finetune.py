@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from fastm3ae import objectives
-from fastm3ae.config import EvaluateConfig, FinetuneConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.config import DataConfig, EvaluateConfig, FinetuneConfig
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 from fastm3ae.pretrained import has_tokenizer, read_about
@@ -36,32 +36,48 @@ TOWERS = ("vision", "text")
 def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
     """Returns the configuration with a checkpoint's model and tokenizer; the size of the images stays.
 
-    If the checkpoint's images were normalised by other statistics (MAE's tower has ImageNet's), its transform is taken,
-    in training too.
+    If the checkpoint's images were normalised by other statistics (MAE's tower has ImageNet's), so are the run's. Of a
+    task on images without texts it is the vision tower alone.
 
     Args:
         config: The run, as a preset has it.
         checkpoint: What it starts from: one of ours, or an official .ckpt, which may not say of what model it is.
 
     Raises:
-        UserError: There is no such checkpoint, or it can't be read.
+        UserError: There is no such checkpoint, it can't be read, or it has no language tower where there are texts.
     """
     path = Path(checkpoint)
     model, about = read_about(path)
     config = dataclasses.replace(config, init_from=checkpoint)
+    size = config.model.vision.image_size_px
+    # Official checkpoints are of CLIP's normalisation.
+    known = about.get("config", {}).get("data", {}).get("val_transform", "clip")
+    if not config.model.has_texts:
+        vision = config.model.vision if model is None else model.vision
+        vision = dataclasses.replace(vision, image_size_px=size, weights="random")
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, vision=vision),
+            data=_normalized_as(known, config.data),
+        )
     if model is None:
         return config
-    size = config.model.vision.image_size_px
+    if not model.has_texts:
+        raise UserError(f"{checkpoint} has no language tower, so that {config.task.kind} cannot start from it.")
     model = dataclasses.replace(
         model,
         vision=dataclasses.replace(model.vision, image_size_px=size, weights="random"),
         text=dataclasses.replace(model.text, weights="random"),
     )
     data = dataclasses.replace(config.data, tokenizer=str(path)) if has_tokenizer(path) else config.data
-    transform = about["config"]["data"]["val_transform"] if "config" in about else data.val_transform
-    if transform != data.val_transform:
-        data = dataclasses.replace(data, train_transform=transform, val_transform=transform)
-    return dataclasses.replace(config, model=model, data=data)
+    return dataclasses.replace(config, model=model, data=_normalized_as(known, data))
+
+
+def _normalized_as(name: str, data: DataConfig) -> DataConfig:
+    """Returns the configuration with the normalisation of another transform, "clip" or "imagenet"."""
+    family, own = name.split("_")[0], data.val_transform.split("_")[0]
+    names = {"train_transform": data.train_transform, "val_transform": data.val_transform}
+    return dataclasses.replace(data, **{key: of.replace(own, family) for key, of in names.items()})
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
@@ -87,7 +103,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         loader=task.loader,
         longest_batch=task.longest_batch,
         validate=partial(validate, task),
-        freeze=TOWERS if config.task.freeze_towers else (),
+        freeze=(TOWERS if config.model.has_texts else ("vision",)) if config.task.freeze_towers else (),
         about=task.about(),
     )
     summary = run(config, job, processes)
@@ -134,7 +150,7 @@ def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
 def validate(
     task: Task,
     model: Model,
-    batches: Iterable[ImageTextBatch],
+    batches: Iterable[ImageBatch],
     autocast: Callable[[], AbstractContextManager],
     processes: Processes,
 ) -> dict[str, float]:
@@ -164,6 +180,8 @@ def validate(
         raise UserError("Not one item of the validation split can be used.")
     metrics = {f"{task.objective}_loss": sum(share_loss for _, share_loss in shares) / len(items)}
     found = task.metrics(items, num_resamples=1)
+    if found[task.score].value is None:
+        raise UserError(f"{task.score}, which chooses the best checkpoint, is not defined for the validation split.")
     metrics |= {name: interval.value for name, interval in found.items() if interval.value is not None}
     return metrics | {"score": metrics[task.score]}
 

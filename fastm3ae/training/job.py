@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import RunConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.loader import Loader, Place
 from fastm3ae.model.build import Model
 from fastm3ae.training.distributed import Processes
@@ -23,7 +23,7 @@ class MakeLoader(Protocol):
     def __call__(
         self,
         config: RunConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | None,
         split: Literal["train", "val"],
         *,
         place: Place,
@@ -49,10 +49,8 @@ class Job:
 
     name: str
     loader: MakeLoader
-    longest_batch: Callable[[RunConfig, int], ImageTextBatch]
-    validate: Callable[
-        [Model, Iterator[ImageTextBatch], Callable[[], AbstractContextManager], Processes], dict[str, float]
-    ]
+    longest_batch: Callable[[RunConfig, int], ImageBatch]
+    validate: Callable[[Model, Iterator[ImageBatch], Callable[[], AbstractContextManager], Processes], dict[str, float]]
     draw: Callable[..., Mapping[str, Image.Image]] | None = None
     freeze: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)

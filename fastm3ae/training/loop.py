@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.images import normalization
 from fastm3ae.data.loader import Loader
 from fastm3ae.device import autocast_context, batch_mover, compute_dtype
@@ -48,7 +48,7 @@ class Trainer:
     Args:
         config: The resolved configuration; ``train.micro_batch`` is a number.
         job: What the run is for.
-        tokenizer: For the words in the pictures.
+        tokenizer: For the words in the pictures; None: there are no texts.
         model: The model, on its device.
         train_loader: Training batches.
         val_loader: Validation batches.
@@ -62,7 +62,7 @@ class Trainer:
         self,
         config: RunConfig,
         job: Job,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | None,
         model: Model,
         train_loader: Loader,
         val_loader: Loader,
@@ -140,7 +140,7 @@ class Trainer:
         if self.validated_step != self.num_steps:
             self._stop_early()
 
-    def _try_step(self, pieces: list[ImageTextBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
+    def _try_step(self, pieces: list[ImageBatch], totals: list[float]) -> dict[str, tuple[torch.Tensor, int]]:
         with explain_full_memory(self.processes.device, self.step + 1, self.config.train.micro_batch):
             return self.make_step(pieces, totals)
 
@@ -174,7 +174,7 @@ class Trainer:
         self.num_steps = self.step
         return True
 
-    def _batches(self) -> Iterator[list[ImageTextBatch]]:
+    def _batches(self) -> Iterator[list[ImageBatch]]:
         """Yields this process's pieces of batch after batch, on the device, epoch after epoch."""
         first_epoch, first_batch = self.position
         for epoch in itertools.count(first_epoch):
@@ -182,7 +182,7 @@ class Trainer:
                 yield [self._to_device(piece) for piece in pieces]
             self._count_skipped("train", f"epoch {epoch}", self.train_loader)
 
-    def _next(self, batches: Iterator[list[ImageTextBatch]]) -> list[ImageTextBatch]:
+    def _next(self, batches: Iterator[list[ImageBatch]]) -> list[ImageBatch]:
         try:
             return next(batches)
         except UserError:
@@ -205,9 +205,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluates the validation split, logs it, and draws its first pairs; leaves all that when asked to stop."""
-        first: list[ImageTextBatch] = []
+        first: list[ImageBatch] = []
 
-        def pieces() -> Iterator[ImageTextBatch]:
+        def pieces() -> Iterator[ImageBatch]:
             for pieces in itertools.islice(self.val_loader.epoch(0), self.config.train.max_val_batches):
                 for piece in pieces:
                     if self.stop.signal is not None:

@@ -8,7 +8,7 @@ import torch
 
 from fastm3ae import objectives
 from fastm3ae.config import RunConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 
@@ -23,7 +23,7 @@ def fit_micro_batch(
     config: RunConfig,
     most: int,
     autocast: Callable[[], AbstractContextManager],
-    longest_batch: Callable[[int], ImageTextBatch],
+    longest_batch: Callable[[int], ImageBatch],
 ) -> int:
     """Returns how many pairs the model's device can train on at once, at most ``most``.
 

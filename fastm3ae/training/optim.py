@@ -22,7 +22,7 @@ FUSION = ("image_proj.", "text_proj.", "fusion.", "image_pooler.", "text_pooler.
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Splits the trainable parameters into {base, head, fusion} x {decay, no decay}.
 
-    Biases, the weights of layer norms and the alignment's temperature do not decay, except for M3AE the norms that the
+    Biases, the weights of norms and the alignment's temperature do not decay, except for M3AE the norms that the
     original's list of names misses: those of the CLIP ViT and of the MIM decoder's blocks, and those inside the VQA and
     classification heads.
 
@@ -30,8 +30,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         Six groups with the keys "label", "names", "params", "lr" and "weight_decay"; a group may be empty.
     """
     norm_weights = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)
-    }  # fmt: skip
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+    }
     is_m3ae, clip = model.config.kind == "m3ae", model.config.vision.kind == "clip"
 
     def decays(name: str) -> bool:

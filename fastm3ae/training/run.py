@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.loader import Loader, Place
-from fastm3ae.data.text import load_tokenizer
 from fastm3ae.device import autocast_context
 from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
 from fastm3ae.model.attention import backends
 from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import init_model, load_tower_weights, read_about, resolve
+from fastm3ae.pretrained import init_model, load_tower_weights, read_about, read_tokenizer, resolve
 from fastm3ae.training.checkpoint import Checkpointer, load_training_state
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.job import Job
@@ -65,7 +65,7 @@ def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | N
     model.freeze(*job.freeze)
     if processes.rank:  # the first one goes on with what is left of the seed after the weights
         processes.seed(config.seed)
-    if config.train.step == "packed":
+    if config.train.step == "packed" and config.model.has_texts:
         notes.append(f"attention on {processes.device.type}: {backends(processes.device.type)}")
     run_folder = checkpointer = None
 
@@ -102,7 +102,9 @@ def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | N
     return summary if processes.is_first else None
 
 
-def resolve_and_build(config: RunConfig, processes: Processes) -> tuple[RunConfig, PreTrainedTokenizerFast, Model]:
+def resolve_and_build(
+    config: RunConfig, processes: Processes
+) -> tuple[RunConfig, PreTrainedTokenizerFast | None, Model]:
     """Returns the resolved configuration, the tokenizer, and the model with random weights on the process's device.
 
     Draws the demo's corpus first, where the run wants it.
@@ -112,7 +114,7 @@ def resolve_and_build(config: RunConfig, processes: Processes) -> tuple[RunConfi
     """
     if config.data.draw_demo:
         processes.from_first(lambda: _draw_demo(config.data.root))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = read_tokenizer(config)
     config = resolve(config, tokenizer)
     check_device(config, processes)
     torch.manual_seed(config.seed)
@@ -135,7 +137,7 @@ def check_device(config: RunConfig, processes: Processes) -> None:
         raise UserError(
             f"train.cuda_graphs works in one process on a GPU, got {processes.number} on {processes.device.type}."
         )
-    if config.train.step != "packed" or processes.device.type != "cuda":
+    if config.train.step != "packed" or processes.device.type != "cuda" or not config.model.has_texts:
         return
     taken = " or ".join(map(str, PACKED_ATTENTION_HEAD_DIMS))
     for name, part in (("model.text", config.model.text), ("model.fusion", config.model.fusion)):
@@ -159,17 +161,16 @@ def _start_weights(model: Model, config: RunConfig) -> list[str]:
         load_tower_weights(model)
         return []
     report = init_model(model, Path(config.init_from))
-    return [
-        f"{config.init_from}: {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        for what, names in report._asdict().items()
-        if names
-    ]
+    parts = Counter(name.split(".")[0] for name in report.ignored)
+    found = {"new": report.new, "ignored": [f"{part} ({number} tensors)" for part, number in parts.items()]}
+    return [f"{config.init_from}: {what}: {', '.join(names)}" for what, names in found.items() if names]
 
 
 def _starts_at_random(config: RunConfig) -> bool:
     """Returns whether no weight was trained by others, neither here nor in what the run's checkpoint started from."""
     if config.init_from is None:
-        return config.model.vision.weights == config.model.text.weights == "random"
+        towers = [config.model.vision, *([config.model.text] if config.model.has_texts else [])]
+        return all(tower.weights == "random" for tower in towers)
     return read_about(Path(config.init_from))[1].get("weights_were_random", False)
 
 
@@ -204,7 +205,7 @@ def with_micro_batch(
 
 def build_loader(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     job: Job,
     split: Literal["train", "val"],
     processes: Processes,
@@ -215,10 +216,11 @@ def build_loader(
     return job.loader(config, tokenizer, split, place=place, num_workers=min(config.train.num_workers, cores))
 
 
-def _fingerprints(train_loader: Loader, val_loader: Loader, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def _fingerprints(
+    train_loader: Loader, val_loader: Loader, tokenizer: PreTrainedTokenizerFast | None
+) -> dict[str, str]:
     """Returns by the names of the data files, and for the tokenizer, a hash of what they hold."""
-    return {
-        **train_loader.dataset.fingerprints(),
-        **val_loader.dataset.fingerprints(),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-    }
+    found = {**train_loader.dataset.fingerprints(), **val_loader.dataset.fingerprints()}
+    if tokenizer is not None:
+        found["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return found

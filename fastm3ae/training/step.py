@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastm3ae import objectives
 from fastm3ae.config import OptimConfig
-from fastm3ae.data.batch import ImageTextBatch
+from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
 from fastm3ae.training.contrast import Pass, passes
@@ -59,14 +59,14 @@ class OptimizerStep:
         self.optimizer = build_optimizer(parameter_groups(model, config), config)
         self.schedule = build_schedule(self.optimizer, config, num_steps)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
-        self._spare: ImageTextBatch | None = None
+        self._spare: ImageBatch | None = None
 
-    def count(self, pieces: Sequence[ImageTextBatch]) -> list[int]:
+    def count(self, pieces: Sequence[ImageBatch]) -> list[int]:
         """Returns for each objective over how many tokens, patches or samples of these pieces its mean is taken."""
         names = self.model.config.objectives
         return [sum(objectives.num_averaged(name, piece, self.model.config) for piece in pieces) for name in names]
 
-    def __call__(self, pieces: Sequence[ImageTextBatch], totals: Sequence[float]) -> dict[str, tuple[Tensor, int]]:
+    def __call__(self, pieces: Sequence[ImageBatch], totals: Sequence[float]) -> dict[str, tuple[Tensor, int]]:
         """Makes one step on the mean losses over the whole batch.
 
         Args:
@@ -112,7 +112,7 @@ class OptimizerStep:
     def _run(
         self,
         forward: Callable[[], dict[str, Any]],
-        piece: ImageTextBatch,
+        piece: ImageBatch,
         shares: Sequence[float] | Tensor,
         of_pass: Pass = ALONE,
     ) -> Results:
@@ -123,7 +123,7 @@ class OptimizerStep:
         self.scaler.scale(torch.stack(losses).sum()).backward()
         return {name: {"loss": loss.mean.detach(), **loss.sums} for name, loss in results.items()}
 
-    def _passes(self, pieces: Sequence[ImageTextBatch], is_idle: bool) -> list[Pass]:
+    def _passes(self, pieces: Sequence[ImageBatch], is_idle: bool) -> list[Pass]:
         if "global_alignment" not in self.model.config.objectives:
             return [ALONE] * len(pieces)
         return passes(self.model, pieces, is_idle, self.processes, self.autocast, self.options)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, SEGMENTATION_COLUMNS
+from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, PATIENT_COLUMN, SEGMENTATION_COLUMNS
 from fastm3ae.data.dicom import decode_dicom
 from fastm3ae.data.prepare.common import OnBadImage, PrepareReport, Progress, keep_bytes, write_rows
 from fastm3ae.errors import UserError
@@ -106,8 +106,8 @@ def write_labelled(
     masks are stored as 8-bit PNGs.
 
     Args:
-        rows: ``image_id``, ``split`` and ``labels`` (one 0 or 1 for every class) of each image, and what ``draw_mask``
-            needs.
+        rows: ``image_id``, ``split`` and ``labels`` (one 0 or 1 for every class) of each image, ``patient`` where that
+            is known, and what ``draw_mask`` needs.
         root: Folder from which the image ids start.
         output: Folder of the arrow files.
         report: Names the data set.
@@ -126,12 +126,13 @@ def write_labelled(
         mask = Image.fromarray(draw_mask(row, image.width, image.height).astype(np.uint8) * 255)
         return {"image": _png(image), "mask": _png(mask)}
 
+    columns = IMAGE_LABEL_COLUMNS if draw_mask is None else SEGMENTATION_COLUMNS
     return write_rows(
         rows,
         root,
         output,
         report,
-        columns=IMAGE_LABEL_COLUMNS if draw_mask is None else SEGMENTATION_COLUMNS,
+        columns=columns | (PATIENT_COLUMN if rows and "patient" in rows[0] else {}),
         on_bad_image=on_bad_image,
         progress=progress,
         facts={"options": {**options, "on_bad_image": on_bad_image}, "classes": {"labels": list(classes)}},
