@@ -112,8 +112,10 @@ class ImageTextBatch(ImageBatch):
         # What stands on the host is made here, in the loader: asking a GPU would make the training step wait for it.
         if self.num_tokens_B is None:
             self.num_tokens_B = _count_tokens(self.is_padding_BT)
-        if self.image_rows_B is None:
-            self.image_rows_B = np.arange(len(self)) if self.image_index_B is None else _on_host(self.image_index_B)
+        if self.image_index_B is None:
+            self.image_rows_B = np.arange(len(self))
+        elif self.image_rows_B is None:
+            self.image_rows_B = _on_host(self.image_index_B)
 
     def images(self) -> Tensor:
         """Returns the B pairs' images: those that pairs share, repeated."""

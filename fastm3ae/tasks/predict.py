@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.data.batch import ImageTextBatch
-from fastm3ae.data.collate import Batches, BatchRequest
+from fastm3ae.data.batches import BatchRequest
+from fastm3ae.data.collate import PairBatches
 from fastm3ae.data.images import decode_image
 from fastm3ae.data.loader import transform_of
 from fastm3ae.data.text import encode
@@ -190,7 +191,7 @@ class _Given:
             raise UserError(f"The image {self.image_id(pair)} cannot be used: {error}.") from error
 
 
-class _GivenBatches(Batches):
+class _GivenBatches(PairBatches):
     """Pairs of which nothing is expected."""
 
     dataset: _Given
