@@ -334,9 +334,17 @@ class FinetuneConfig(RunConfig):
 class EvaluateConfig:
     """How well a checkpoint does its task on a split."""
 
-    task: Literal["auto", "retrieval"] = "auto"
-    """auto: what the checkpoint was fine-tuned for. retrieval: of one that was only pre-trained, by its image-text
-    matching (M3AE) or its global alignment (MPMA)."""
+    task: Literal["auto", "retrieval", "zero_shot"] = "auto"
+    """auto: what the checkpoint was fine-tuned for. Of one that was only pre-trained, by its image-text matching (M3AE)
+    or its global alignment (MPMA), retrieval: find texts by images and images by texts; zero_shot: tell classes of
+    images without texts by ``prompts``."""
+    prompts: str | None = None
+    """zero_shot: a YAML file with texts for each class: a list, or lists "positive" and "negative"."""
+    preselect_with: str | None = None
+    """Retrieval: an MPMA checkpoint by whose alignment the pairs are chosen that the fusion scores; others rank below
+    them. Not exact; None: all pairs are scored."""
+    num_preselected: int = 64
+    """Retrieval with ``preselect_with``: so many texts of each image, and so many images of each text."""
     split: str = "test"
     """Which files are read: {dataset}_{split}.arrow."""
     root: str | None = None
@@ -367,7 +375,9 @@ class EvaluateConfig:
     """What to do about an image that cannot be read: stop with its file and row, or skip the item and say so."""
 
     def __post_init__(self) -> None:
-        for name in ("num_resamples", "batch_size", "max_images", "image_size_px"):
+        for name in ("num_resamples", "batch_size", "max_images", "image_size_px", "num_preselected"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
+        if (self.task == "zero_shot") != (self.prompts is not None):
+            raise UserError("prompts must name a file of prompts for task zero_shot, and for no other.")

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import FinetuneConfig
-from fastm3ae.configfile import from_dict
+from fastm3ae.config import DataConfig, FinetuneConfig, TaskConfig
+from fastm3ae.configfile import from_dict, to_dict
 from fastm3ae.errors import UserError
-from fastm3ae.model.build import Model, build_model
+from fastm3ae.model.build import build_model
 from fastm3ae.pretrained import has_tokenizer, init_model, read_about, read_tokenizer, resolve
-from fastm3ae.tasks.task import Task
+from fastm3ae.tasks.task import Loaded, Task
 
-__all__ = ["load_finetuned", "read_finetuned"]
+__all__ = ["load_finetuned", "read_finetuned", "read_pretrained"]
 
 
 def read_finetuned(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
@@ -31,16 +30,18 @@ def read_finetuned(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
     about = read_about(checkpoint)[1]
     if "task" not in about.get("config", {}):
         raise UserError(f"{checkpoint} was not fine-tuned for a task: fastm3ae finetune makes such checkpoints.")
-    run = from_dict(FinetuneConfig(), about["config"])
+    return _with_own_tokenizer(from_dict(FinetuneConfig(), about["config"]), checkpoint), about
+
+
+def _with_own_tokenizer(run: FinetuneConfig, checkpoint: Path) -> FinetuneConfig:
+    """Returns a run with the tokenizer of the checkpoint's folder, if it has one."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if has_tokenizer(folder):
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
-    return run, about
+    if not has_tokenizer(folder):
+        return run
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
 
 
-def load_finetuned(
-    checkpoint: Path, run: FinetuneConfig, task: Task, device: torch.device
-) -> tuple[FinetuneConfig, PreTrainedTokenizerFast | None, Model]:
+def load_finetuned(checkpoint: Path, run: FinetuneConfig, task: Task, device: torch.device) -> Loaded:
     """Returns the training, resolved, its tokenizer, and the model with a checkpoint's weights.
 
     Args:
@@ -56,6 +57,30 @@ def load_finetuned(
     run = resolve(dataclasses.replace(run, model=task.with_head(run.model)), tokenizer)
     model = build_model(run.model)
     report = init_model(model, checkpoint)
-    if report.new:
-        raise UserError(f"{checkpoint} lacks {', '.join(report.new)}, which {run.task.kind} needs.")
-    return run, tokenizer, model.to(device).eval()
+    # The retrieval head starts as a part of the matching head: a pre-trained model has it.
+    new = set(report.new) - ({"retrieval_head"} if "itm_head" not in report.new else set())
+    if new:
+        raise UserError(f"{checkpoint} lacks {', '.join(sorted(new))}, which {run.task.kind} needs.")
+    return Loaded(run, tokenizer, model.to(device).eval())
+
+
+def read_pretrained(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
+    """Returns a retrieval without fine-tuning: a checkpoint's model on the data of its pre-training; and what it says.
+
+    Args:
+        checkpoint: One of ours, its folder or file, or an official .ckpt that holds its configuration.
+
+    Raises:
+        UserError: There is no such checkpoint, or it can't be read.
+    """
+    model, about = read_about(checkpoint)
+    if model is None:
+        raise UserError(f"{checkpoint} does not say of what model it is: evaluate it by a line of the original.")
+    trained = about.get("config", {})
+    run = FinetuneConfig(
+        task=TaskConfig(kind="retrieval"),
+        model=model,
+        data=from_dict(DataConfig(), trained.get("data", {})),
+        seed=trained.get("seed", 0),
+    )
+    return _with_own_tokenizer(run, checkpoint), {"config": to_dict(run), "weights_were_random": False, **about}

@@ -6,6 +6,7 @@ from typing import Any
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.tasks.classification import ClassificationTask
 from fastm3ae.tasks.image_classification import ImageClassificationTask
+from fastm3ae.tasks.retrieval_task import RetrievalTask
 from fastm3ae.tasks.segmentation import SegmentationTask
 from fastm3ae.tasks.task import Task
 from fastm3ae.tasks.vqa import VqaTask
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "make_task"]
 TASKS: Mapping[str, type[Task]] = {
     "vqa": VqaTask,
     "classification": ClassificationTask,
+    "retrieval": RetrievalTask,
     "image_classification": ImageClassificationTask,
     "segmentation": SegmentationTask,
 }

@@ -23,10 +23,10 @@ from fastm3ae.model.build import Model
 from fastm3ae.model.embed import embed_images, embed_reports
 from fastm3ae.model.mpma import MPMA
 from fastm3ae.model.pair_scores import PairScorer
-from fastm3ae.tasks.pool import Pool, ReadyModel
+from fastm3ae.tasks.pool import PairPool, Pool, ReadyModel
 from fastm3ae.tasks.recall import RECALL_AT, hits
 
-__all__ = ["Preselection", "ReadyModel", "Retrieval", "retrieve"]
+__all__ = ["Preselection", "ReadyModel", "Retrieval", "retrieve", "score_pool"]
 
 Autocast = Callable[[], AbstractContextManager]
 Progress = Callable[[int, int], None]
@@ -136,24 +136,49 @@ def retrieve(
         UserError: A model lacks the head that is needed, no image can be used, or a score is no number.
         BadSample: An image cannot be used, and ``on_bad_sample`` is "stop".
     """
+    pool = PairPool(dataset, max_images, on_bad_sample)
+    scores_IT = score_pool(
+        ready,
+        pool,
+        autocast=autocast,
+        preselection=preselection,
+        cache_mib=cache_mib,
+        pairs_per_pass=pairs_per_pass,
+        progress=progress,
+    )
+    return _result(pool, scores_IT, is_exact=preselection is None)
+
+
+def score_pool(
+    ready: ReadyModel,
+    pool: Pool,
+    *,
+    autocast: Autocast = nullcontext,
+    preselection: Preselection | None = None,
+    cache_mib: int = 2048,
+    pairs_per_pass: int | None = None,
+    progress: Progress = lambda num_scored, num_pairs: None,
+) -> np.ndarray:
+    """Returns the scores of a pool's images with its texts, (I, T) float32, as of ``retrieve``.
+
+    The row of an image that cannot be used, which the pool then knows, means nothing.
+    """
     is_fused = ready.model.config.kind == "m3ae"
     if preselection is not None and not is_fused:
         raise UserError("A preselection is for a model with a fusion; the scores of an MPMA are alignment's already.")
-    pool = Pool(dataset, max_images, on_bad_sample)
     with torch.inference_mode(), _evaluating(ready.model):
         if is_fused:
             scorer = PairScorer(ready.model, autocast, pairs_per_pass)
             selected = None if preselection is None else _select(pool, preselection, autocast)
-            scores_IT = _fuse(pool, ready, scorer, selected, cache_mib * 2**20, progress)
-        else:
-            image_IE, text_TE = _embed(pool, ready, autocast)
-            scores_IT = (image_IE @ text_TE.T).cpu().numpy()
-            for image, scores_T in enumerate(scores_IT):
-                _check(pool, scores_T, np.full(pool.num_texts, image), np.arange(pool.num_texts))
-    return _result(pool, scores_IT, is_exact=preselection is None)
+            return _fuse(pool, ready, scorer, selected, cache_mib * 2**20, progress)
+        image_IE, text_TE = _embed(pool, ready, autocast)
+        scores_IT = (image_IE @ text_TE.T).cpu().numpy()
+        for image, scores_T in enumerate(scores_IT):
+            _check(pool, scores_T, np.full(pool.num_texts, image), np.arange(pool.num_texts))
+        return scores_IT
 
 
-def _result(pool: Pool, scores_IT: np.ndarray, is_exact: bool) -> Retrieval:
+def _result(pool: PairPool, scores_IT: np.ndarray, is_exact: bool) -> Retrieval:
     """Returns the scores without those of images that cannot be used and of their texts."""
     is_good_I, is_good_T = pool.is_good_I, pool.is_good_I[pool.image_of_text_T]
     if not is_good_I.any():
@@ -164,7 +189,7 @@ def _result(pool: Pool, scores_IT: np.ndarray, is_exact: bool) -> Retrieval:
         scores_IT=scores_IT,
         image_of_text_T=(np.cumsum(is_good_I) - 1)[pool.image_of_text_T[is_good_T]],
         image_ids=[pool.image_id(number) for number in np.flatnonzero(is_good_I)],
-        texts=[pool.text(number) for number in np.flatnonzero(is_good_T)],
+        texts=[pool.texts[number] for number in np.flatnonzero(is_good_T)],
         is_exact=is_exact,
         bad_samples=pool.bad_samples,
         ids_without_text=pool.ids_without_text,
@@ -175,8 +200,8 @@ def _check(pool: Pool, scores_P: np.ndarray, image_P: np.ndarray, text_P: np.nda
     """Raises an error that names the first pair whose score is no number, which no candidate could be ranked by."""
     for place in np.flatnonzero(~np.isfinite(scores_P))[:1]:
         raise UserError(
-            f"The score of the image {pool.image_id(image_P[place])!r} with the text {pool.text(text_P[place])!r} must "
-            f"be a finite number, got {scores_P[place]}."
+            f"The score of the image {pool.image_id(image_P[place])!r} with the text {pool.texts[text_P[place]]!r} "
+            f"must be a finite number, got {scores_P[place]}."
         )
 
 
@@ -276,7 +301,7 @@ def _embed(pool: Pool, ready: ReadyModel, autocast: Autocast) -> tuple[Tensor, T
     return image_IE, text_TE
 
 
-def _select(pool: Pool, preselection: Preselection, autocast: Autocast) -> np.ndarray:
+def _select(pool: PairPool, preselection: Preselection, autocast: Autocast) -> np.ndarray:
     """Returns the preselected pairs, image * T + text, rising."""
     with _evaluating(preselection.ready.model):
         image_IE, text_TE = _embed(pool, preselection.ready, autocast)

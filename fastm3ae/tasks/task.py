@@ -1,26 +1,32 @@
 """What every downstream task is, to fine-tuning and to evaluation."""
 
+import dataclasses
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import FinetuneConfig, ModelConfig
+from fastm3ae.config import EvaluateConfig, FinetuneConfig, ModelConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
 from fastm3ae.data.batches import OF_EPOCH, Batches, keyed_rng
 from fastm3ae.data.datasets import RowsOfImages
 from fastm3ae.data.images import FIXED_TRANSFORMS
 from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader, transform_of
+from fastm3ae.device import autocast_context, batch_mover
+from fastm3ae.errors import BadSample
+from fastm3ae.model.build import Model
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval
 
-__all__ = ["NUM_HARDEST", "Item", "Task"]
+__all__ = ["NUM_HARDEST", "Item", "Loaded", "Progress", "Task", "left_out", "with_notes"]
 
 NUM_HARDEST = 16
 """So many of the items that went wrong most are drawn."""
@@ -30,6 +36,45 @@ Item = dict[str, Any]
 the data set."""
 
 
+Progress = Callable[[int, int], None]
+"""Is told how much is done, and how much there is."""
+
+
+def left_out(bad_samples: Sequence[BadSample]) -> list[str]:
+    """Returns a note on items whose images cannot be used, if there are any."""
+    first = f"{len(bad_samples)} items were left out because of their images; the first: "
+    return [f"{first}{bad_samples[0]}"] if bad_samples else []
+
+
+def with_notes(evaluation: Evaluation, notes: Sequence[str]) -> Evaluation:
+    """Returns an evaluation with further notes."""
+    return dataclasses.replace(evaluation, notes=[*evaluation.notes, *notes])
+
+
+class Loaded(NamedTuple):
+    """A model that can do a task, with what makes its inputs.
+
+    Args:
+        config: The training that made it, resolved.
+        tokenizer: Splits the texts; None if the model reads none.
+        model: The model, on its device, in evaluation mode.
+    """
+
+    config: FinetuneConfig
+    tokenizer: PreTrainedTokenizerFast | None
+    model: Model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager]:
+        """Gives the context in which it computes."""
+        return autocast_context(self.config.train, self.device)
+
+
 class Task(ABC):
     """A downstream task on the data of a run.
 
@@ -37,6 +82,7 @@ class Task(ABC):
         objective: Name of the model's objective.
         score: Name of the metric that chooses the best checkpoint.
         labels: What the labels stand for; none for a task without.
+        item_name: What is counted while it is evaluated.
 
     Args:
         config: The run.
@@ -46,6 +92,7 @@ class Task(ABC):
     objective: ClassVar[str]
     score: ClassVar[str]
     labels: tuple[str, ...] = ()
+    item_name: ClassVar[str] = "item"
 
     def __init__(self, config: FinetuneConfig, about: Mapping[str, Any] | None = None) -> None:
         self.config = config
@@ -134,6 +181,35 @@ class Task(ABC):
             square: Gives the image of a pair as the model sees it, (3, S, S) in [0, 1].
             **resampling: What ``bootstrap`` takes.
         """
+
+    @torch.inference_mode()
+    def evaluate(self, loaded: Loaded, asked: EvaluateConfig, progress: Progress) -> tuple[Evaluation, RowsOfImages]:
+        """Returns how well a model does the task on a split, and the split's items.
+
+        Args:
+            loaded: The model.
+            asked: Which split, and how.
+            progress: Is told how many items are done, and how many there are.
+        """
+        config, tokenizer, model = loaded
+        num_workers = min(asked.num_workers, os.cpu_count() or 1)
+        loader = self.loader(config, tokenizer, asked.split, num_workers=num_workers, is_training=False)
+        to_device, items, num_done = batch_mover(config.data, loaded.device), [], 0
+        for pieces in loader.epoch(0):
+            for batch in pieces:
+                with loaded.autocast():
+                    outputs = model(to_device(batch))
+                items += self.items(outputs[self.objective], batch)
+            num_done = min(num_done + asked.batch_size, loader.num_pairs)
+            progress(num_done, loader.num_pairs)
+        evaluation = self.evaluation(items, self.squares(config, loader.dataset), num_resamples=asked.num_resamples)
+        return with_notes(evaluation, left_out(loader.bad_samples)), loader.dataset
+
+    def validation(
+        self, config: FinetuneConfig, model: Model, autocast: Callable[[], AbstractContextManager]
+    ) -> dict[str, float]:
+        """Returns metrics of the validation split that are not made of a batch's items."""
+        return {}
 
     def squares(self, config: FinetuneConfig, dataset: RowsOfImages) -> Callable[[int], Tensor]:
         """Returns what gives the image of an item as the model sees it, (3, S, S) in [0, 1]."""

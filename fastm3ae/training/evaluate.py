@@ -1,7 +1,6 @@
 """Evaluation: a checkpoint's task on a split, and the files that say how well it was done."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
@@ -9,10 +8,12 @@ from tqdm import tqdm
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
 from fastm3ae.configfile import to_dict
-from fastm3ae.device import autocast_context, batch_mover, pick_device
-from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned
+from fastm3ae.device import pick_device
+from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned, read_pretrained
 from fastm3ae.tasks.evaluation import About, Evaluation, write_evaluation
 from fastm3ae.tasks.registry import make_task
+from fastm3ae.tasks.task import Task
+from fastm3ae.tasks.zero_shot import ZeroShotTask
 from fastm3ae.training.run_folder import environment
 
 __all__ = ["evaluate"]
@@ -32,28 +33,22 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
     """
     if run is not None:
         about = {"config": to_dict(run), "weights_were_random": False}
-        task = make_task(run)
     else:
-        run, about = read_finetuned(checkpoint)
+        read = read_finetuned if config.task == "auto" else read_pretrained
+        run, about = read(checkpoint)
         run = _as_asked(run, config)
-        task = make_task(run, about)
-    device = pick_device(config.device)
-    run, tokenizer, model = load_finetuned(checkpoint, run, task, device)
-    workers = min(config.num_workers, os.cpu_count() or 1)
-    loader = task.loader(run, tokenizer, config.split, num_workers=workers, is_training=False)
-    autocast, to_device = autocast_context(run.train, device), batch_mover(run.data, device)
-    items = []
-    with tqdm(total=loader.num_pairs, desc=f"evaluate {run.task.kind}", unit="item", dynamic_ncols=True) as bar:
-        for pieces in loader.epoch(0):
-            for batch in pieces:
-                with autocast():
-                    outputs = model(to_device(batch))
-                items += task.items(outputs[task.objective], batch)
-            bar.update(min(config.batch_size, loader.num_pairs - bar.n))
-    evaluation = task.evaluation(items, task.squares(run, loader.dataset), num_resamples=config.num_resamples)
-    if loader.bad_samples:
-        first = f"{len(loader.bad_samples)} items were left out because of their images; the first: "
-        evaluation = dataclasses.replace(evaluation, notes=[*evaluation.notes, f"{first}{loader.bad_samples[0]}"])
+    if config.task == "zero_shot":
+        task: Task = ZeroShotTask(run, config.prompts)
+    else:
+        task = make_task(run, about if "labels" in about else None)
+    loaded = load_finetuned(checkpoint, run, task, pick_device(config.device))
+    with tqdm(desc=f"evaluate {run.task.kind}", unit=task.item_name, dynamic_ncols=True) as bar:
+
+        def progress(num_done: int, num_items: int) -> None:
+            bar.total = num_items
+            bar.update(num_done - bar.n)
+
+        evaluation, dataset = task.evaluate(loaded, config, progress)
     described = About(
         task=run.task.kind,
         datasets=list(run.data.datasets),
@@ -62,11 +57,11 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
         seed=run.seed,
         checkpoint=str(checkpoint),
         weights_were_random=about["weights_were_random"],
-        fingerprints=loader.dataset.fingerprints(),
-        preparation={name: facts.get("options", {}) for name, facts in loader.dataset.table.facts().items()},
+        fingerprints=dataset.fingerprints(),
+        preparation={name: facts.get("options", {}) for name, facts in dataset.table.facts().items()},
         labels=list(task.labels),
-        resampling_unit=task.unit(loader.dataset),
-        environment=environment(device),
+        resampling_unit=task.unit(dataset),
+        environment=environment(loaded.device),
     )
     write_evaluation(evaluation, Path(config.output), described)
     return evaluation

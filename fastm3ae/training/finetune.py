@@ -102,7 +102,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         name=f"finetune {config.task.kind}",
         loader=task.loader,
         longest_batch=task.longest_batch,
-        validate=partial(validate, task),
+        validate=partial(validate, task, config),
         freeze=(TOWERS if config.model.has_texts else ("vision",)) if config.task.freeze_towers else (),
         about=task.about(),
     )
@@ -149,6 +149,7 @@ def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
 @torch.no_grad()
 def validate(
     task: Task,
+    config: FinetuneConfig,
     model: Model,
     batches: Iterable[ImageBatch],
     autocast: Callable[[], AbstractContextManager],
@@ -158,6 +159,7 @@ def validate(
 
     Args:
         task: The task.
+        config: The run.
         model: The model; its mode (training or evaluation) is left as it was.
         batches: Batches of this process, on the model's device, images normalised.
         autocast: Gives the context in which the model computes.
@@ -183,6 +185,7 @@ def validate(
     if found[task.score].value is None:
         raise UserError(f"{task.score}, which chooses the best checkpoint, is not defined for the validation split.")
     metrics |= {name: interval.value for name, interval in found.items() if interval.value is not None}
+    metrics |= processes.from_first(lambda: task.validation(config, model, autocast))
     return metrics | {"score": metrics[task.score]}
 
 
