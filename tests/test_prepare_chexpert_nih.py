@@ -8,6 +8,7 @@ from prepared import SPLITS, image_bytes, left_out, write
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, ArrowTable
+from fastm3ae.data.datasets import ImageDataset
 from fastm3ae.data.prepare import prepare_chexpert, prepare_nih
 from fastm3ae.errors import UserError
 
@@ -97,6 +98,8 @@ def test_chexpert(chexpert, tmp_path, capsys):
         "classes": {"labels": COMPETITION},
     }
     assert not labels_of(out, "chexpert", "train").keys() & labels_of(out, "chexpert", "val").keys()
+    images = ImageDataset([out / "chexpert_test.arrow"])
+    assert images.unit == "patient" and images.groups == [images.image_id(i).split("/")[1] for i in range(6)]
 
 
 @pytest.mark.parametrize(
