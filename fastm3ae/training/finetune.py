@@ -182,10 +182,10 @@ def validate(
         raise UserError("Not one item of the validation split can be used.")
     metrics = {f"{task.objective}_loss": sum(share_loss for _, share_loss in shares) / len(items)}
     found = task.metrics(items, num_resamples=1)
-    if found[task.score].value is None:
-        raise UserError(f"{task.score}, which chooses the best checkpoint, is not defined for the validation split.")
     metrics |= {name: interval.value for name, interval in found.items() if interval.value is not None}
     metrics |= processes.from_first(lambda: task.validation(config, model, autocast))
+    if task.score not in metrics:
+        raise UserError(f"{task.score}, which chooses the best checkpoint, is not defined for the validation split.")
     return metrics | {"score": metrics[task.score]}
 
 
