@@ -19,6 +19,7 @@ from fastm3ae.kernels import masked_pixel_loss
 from fastm3ae.masking import split_patches
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.model.vision import resize_positions
+from fastm3ae.tasks.metrics import classification_metrics, vqa_metrics
 from fastm3ae.visualize import patchify
 
 OFFICIAL_OBJECTIVES = {"classification": "cls", "retrieval": "irtr"}
@@ -280,12 +281,13 @@ def check_model(path: Path) -> Iterator[Check]:
     meta, tensors = json.loads(path.with_suffix(".json").read_text()), load_file(path)
     for dtype, prefix, tolerance in ((torch.float32, "out/", FLOAT32), (torch.float64, "f64/", FLOAT64)):
         model, state_checks = build(path, dtype)
-        batches, losses, checked = make_batches(tensors, model, dtype), {}, set()
+        batches, losses, logits, checked = make_batches(tensors, model, dtype), {}, {}, set()
         if dtype == torch.float32:
             yield from state_checks
         for objective, batch in batches.items():
             seen, losses[objective] = run(model, objective, batch)
             label = OFFICIAL_OBJECTIVES.get(objective, objective)
+            logits[objective] = seen.get(f"{label}_logits")
             for name, want in tensors.items():
                 if name.startswith(f"{prefix}{label}/"):
                     checked.add(name)
@@ -309,20 +311,35 @@ def check_model(path: Path) -> Iterator[Check]:
                 if name in found:
                     got, label = found[name].mean, f"{prefix}stats/{name}, {step} step"
                     yield compare(label, got, torch.tensor(want, dtype=dtype), **tolerance)
-    yield from check_metrics(meta, batches, losses)
+    yield from check_metrics(meta, batches, logits)
     if "pos/before" in tensors:
         before, after = tensors["pos/before"].float(), tensors["pos/after"]
         yield compare("pos/after", resize_positions(before, len(after) - 1), after, **FLOAT32)
 
 
 def check_metrics(
-    meta: Mapping[str, Any], batches: Mapping[str, ImageTextBatch], losses: Mapping[str, objectives.Loss]
+    meta: Mapping[str, Any], batches: Mapping[str, ImageTextBatch], logits: Mapping[str, Tensor]
 ) -> Iterator[Check]:
-    """The metrics of the recorded batch, where the golden has them."""
-    for name, want in meta.get("metrics_one_batch", {}).items():
-        objective, metric = {"vqa_score": ("vqa", "score"), "cls_accuracy": ("classification", "accuracy")}.get(
-            name, (None, None)
+    """The metrics of the recorded batch, where the golden has them, as an evaluation makes them."""
+    found = {}
+    if "vqa" in logits:
+        batch = batches["vqa"]
+        accuracies = vqa_metrics(
+            logits["vqa"].argmax(dim=-1).tolist(),
+            batch.answer_ids_BA.tolist(),
+            batch.answer_scores_BA.tolist(),
+            batch.is_open_B.tolist(),
+            groups=batch.item_ids,
+            majority={},
         )
-        if objective in losses:
-            got = losses[objective].sums[metric] / len(batches[objective])
-            yield compare(f"metrics/{name}", got, torch.tensor(want, dtype=got.dtype), **FLOAT32)
+        names = {"vqa_score": "overall_accuracy", "close_score": "closed_accuracy", "open_score": "open_accuracy"}
+        found = {name: accuracies[metric].value for name, metric in names.items() if metric in accuracies}
+    if "classification" in logits:
+        batch = batches["classification"]
+        predicted = logits["classification"].argmax(dim=-1).tolist()
+        accuracies = classification_metrics(predicted, batch.label_B.tolist(), batch.item_ids)
+        found["cls_accuracy"] = accuracies["accuracy"].value
+    for name, want in meta.get("metrics_one_batch", {}).items():
+        if name in found:
+            got = torch.tensor(found[name], dtype=torch.float64)
+            yield compare(f"metrics/{name}", got, torch.tensor(want, dtype=torch.float64), **FLOAT32)

@@ -22,8 +22,11 @@ from fastm3ae.errors import UserError
 
 @pytest.fixture
 def roco(tmp_path):
+    return write_roco(tmp_path / "pretrain_data")
+
+
+def write_roco(root):
     """A small pretrain_data folder with the releases' quirks."""
-    root = tmp_path / "pretrain_data"
     captions = {
         "train": "ROCO_1\t A first   caption here.\nROCO_2\t Two words\n\nROCO_3\t  three\u00a0nice words \nROCO_4\n"
         "ROCO_5\ta\tb c d\n"
