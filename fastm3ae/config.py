@@ -334,12 +334,12 @@ class FinetuneConfig(RunConfig):
 class EvaluateConfig:
     """How well a checkpoint does its task on a split."""
 
-    task: Literal["auto", "retrieval", "zero_shot"] = "auto"
+    task: Literal["auto", "retrieval", "zero-shot"] = "auto"
     """auto: what the checkpoint was fine-tuned for. Of one that was only pre-trained, by its image-text matching (M3AE)
-    or its global alignment (MPMA), retrieval: find texts by images and images by texts; zero_shot: tell classes of
+    or its global alignment (MPMA), retrieval: find texts by images and images by texts; zero-shot: tell classes of
     images without texts by ``prompts``."""
     prompts: str | None = None
-    """zero_shot: a YAML file with texts for each class: a list, or lists "positive" and "negative"."""
+    """zero-shot: a YAML file with texts for each class: a list, or lists "positive" and "negative"."""
     preselect_with: str | None = None
     """Retrieval: an MPMA checkpoint by whose alignment the pairs are chosen that the fusion scores; others rank below
     them. Not exact; None: all pairs are scored."""
@@ -379,5 +379,5 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
-        if (self.task == "zero_shot") != (self.prompts is not None):
-            raise UserError("prompts must name a file of prompts for task zero_shot, and for no other.")
+        if (self.task == "zero-shot") != (self.prompts is not None):
+            raise UserError("prompts must name a file of prompts for the task zero-shot, and for no other.")

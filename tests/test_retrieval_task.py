@@ -121,7 +121,7 @@ def test_preselection_is_said_to_be_inexact(folder):
 
 @pytest.mark.parametrize("name", ["m3ae", "mpma"])
 def test_classes_by_prompts(folder, name):
-    arguments = ["--task", "zero_shot", "--datasets", "classes", "--prompts", str(folder / "prompts.yaml")]
+    arguments = ["--task", "zero-shot", "--datasets", "classes", "--prompts", str(folder / "prompts.yaml")]
     assert evaluate(folder, name, *arguments, output=f"{name}-zero") == 0
     found = content(folder / f"{name}-zero")
     assert found["metrics"].keys() == {"mean_auroc", "auroc_dark", "auroc_light", "accuracy", "macro_f1"}
@@ -173,7 +173,7 @@ def test_bad_prompts(tmp_path, text, message):
 
 
 def test_mistakes(folder, capsys):
-    zero_shot = ["--task", "zero_shot", "--datasets", "classes"]
+    zero_shot = ["--task", "zero-shot", "--datasets", "classes"]
     assert "prompts must name a file" in refused(capsys, evaluate(folder, "m3ae", *zero_shot))
     (folder / "few.yaml").write_text("dark: [brain]\nlihgt: [chest]\n")
     status = evaluate(folder, "m3ae", *zero_shot, "--prompts", str(folder / "few.yaml"))

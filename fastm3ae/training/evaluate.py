@@ -37,7 +37,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
         read = read_finetuned if config.task == "auto" else read_pretrained
         run, about = read(checkpoint)
         run = _as_asked(run, config)
-    if config.task == "zero_shot":
+    if config.task == "zero-shot":
         task: Task = ZeroShotTask(run, config.prompts)
     else:
         task = make_task(run, about if "labels" in about else None)
