@@ -1,5 +1,7 @@
 """Small models and batches that several tests share."""
 
+import dataclasses
+
 import torch
 
 from fastm3ae.config import FusionConfig, M3AEConfig, MIMConfig, TextConfig, VisionConfig
@@ -47,6 +49,15 @@ def small_config(vision="clip", text="roberta", objectives=("mlm", "mim", "itm")
 def small_model(*args, seed=0, dtype=torch.float64, **kwargs):
     torch.manual_seed(seed)
     return M3AE(small_config(*args, **kwargs)).to(dtype)
+
+
+def small_gpu_model(**changes):
+    """On the GPU, in float32, with heads of 32, which the packed step's kernel takes."""
+    config = small_config(**changes)
+    text = dataclasses.replace(config.text, width=64, num_heads=2)
+    fusion = dataclasses.replace(config.fusion, width=64, num_heads=2)
+    torch.manual_seed(0)
+    return M3AE(dataclasses.replace(config, text=text, fusion=fusion)).cuda()
 
 
 def small_batch(model, objective, num=4, num_tokens=9, seed=0):

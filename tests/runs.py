@@ -17,6 +17,11 @@ MODEL = {
     "fusion": {"width": 32, "num_layers": 2, "num_heads": 2},
     "mim": {"layer": 1, "decoder_width": 32, "decoder_num_layers": 1, "decoder_num_heads": 2},
 }  # fmt: skip
+GPU_MODEL = {  # on a GPU the packed step takes heads of width 32 and 64
+    **MODEL,
+    "text": {**MODEL["text"], "width": 64},
+    "fusion": {**MODEL["fusion"], "width": 64},
+}
 NO_DROPOUT = {
     **MODEL,
     "text": {**MODEL["text"], "dropout_frac": 0.0},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import MODEL, TOKENIZER, run, write_corpus
+from runs import GPU_MODEL, MODEL, TOKENIZER, run, write_corpus
 from safetensors.torch import load_file
 from tasks_data import ANSWERS, write_classes, write_vqa
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def finetune(folder, task, *arguments, output=None, **changes):
+def finetune(folder, task, *arguments, output=None, from_scratch=False, **changes):
     config = {
         "data": {"root": str(folder), "datasets": [DATASETS[task]], "train_transform": "clip", "max_text_tokens": 24},
         "model": {"vision": {"image_size_px": 32}},
@@ -265,6 +265,27 @@ def test_a_swin_is_fine_tuned(folder):
     (folder / "swin.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(folder / "swin.yaml"), "--output", str(folder / "swin")]
     assert main(["finetune", "classification", *arguments]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(folder, precision):
+    """A task is learnt there, and evaluating on the CPU finds nearly the same probabilities."""
+    towers = {tower: {**GPU_MODEL[tower], "weights": "random"} for tower in ("vision", "text")}
+    train = {"device": "cuda", "precision": precision, "num_steps": 60}
+    config = {"model": GPU_MODEL | towers, "data": {"tokenizer": str(TOKENIZER)}, "train": train}
+    name = f"gpu_{precision}"
+    assert finetune(folder, "classification", from_scratch=True, output=name, **config) == 0
+    assert metrics(folder / name / "test")["accuracy"]["value"] > 0.8
+    arguments = ["--device", "cpu", "--output", str(folder / name / "cpu"), "--num-workers", "0"]
+    assert main(["evaluate", str(folder / name / "checkpoints" / "best"), *arguments]) == 0
+    here, there = (
+        [json.loads(line) for line in (folder / name / where / "predictions.jsonl").read_text().splitlines()]
+        for where in ("cpu", "test")
+    )
+    assert [row["predicted"] for row in here] == [row["predicted"] for row in there]
+    probabilities = ([row["probability"] for row in rows] for rows in (here, there))
+    assert next(probabilities) == pytest.approx(next(probabilities), abs=1e-4 if precision == "fp32" else 0.05)
 
 
 def test_facts_reach_the_results(folder):

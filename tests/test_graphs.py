@@ -5,12 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import small_config, small_model
-from test_packed_step import make_batch, small_gpu_model, to_float32
+from models import small_gpu_model, small_model
+from test_packed_step import make_batch, to_float32
 
 from fastm3ae.config import OptimConfig, TrainConfig
 from fastm3ae.errors import UserError
-from fastm3ae.model.m3ae import M3AE
 from fastm3ae.presets import preset
 from fastm3ae.training import graphs
 from fastm3ae.training.distributed import Processes
@@ -118,15 +117,10 @@ def test_replayed_graphs_make_the_same_steps():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_replays_draw_new_dropout(dtype):
-    config = small_config(dropout_frac=0.3)
-    text = dataclasses.replace(config.text, width=64, num_heads=2)
-    fusion = dataclasses.replace(config.fusion, width=64, num_heads=2)
-    torch.manual_seed(0)
-    model = M3AE(dataclasses.replace(config, text=text, fusion=fusion)).cuda().train()
+    model = small_gpu_model(dropout_frac=0.3).train()
     batch = to_float32(batches(model)[0]).to("cuda")
     recorded = PassGraphs(model, False, False, lambda line: None, record_graph)
     step = OptimizerStep(model, OptimConfig(), 10, Processes("cuda"), nullcontext, False, OPTIONS, recorded)
-
     step.autocast = lambda: torch.autocast("cuda", dtype)
     losses = [recorded(batch, [1.0] * 3, step._run)["mlm"]["loss"].item() for _ in range(8)]
     assert len(set(losses)) > 4 and torch.tensor(losses).std() < 1

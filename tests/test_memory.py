@@ -1,12 +1,11 @@
 """How many pairs fit: try, and halve."""
 
-import dataclasses
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from models import small_config
+from models import small_config, small_gpu_model
 
 from fastm3ae import objectives
 from fastm3ae.config import DataConfig, PretrainConfig
@@ -68,7 +67,7 @@ def test_a_cpu_takes_32():
 
 @pytest.mark.gpu
 def test_a_gpu_takes_what_fits():
-    model = M3AE(dataclasses.replace(small_config(), init_std=0.03)).cuda()
+    model = small_gpu_model(init_std=0.03)
     config = PretrainConfig(model=model.config, data=DataConfig(max_text_tokens=32))
     state = torch.cuda.get_rng_state()
     most = 64

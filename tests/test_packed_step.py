@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import VOCAB, small_batch, small_config, small_model
+from models import VOCAB, small_batch, small_config, small_gpu_model, small_model
 
 from fastm3ae import objectives
 from fastm3ae.config import PretrainConfig, TrainConfig, VisionConfig
@@ -355,12 +355,3 @@ def test_equals_the_original_on_a_gpu():
     batch = to_float32(make_batch(model, [9, 2, 5, 7], [3, 1, 1, 2], [1, 0, 0, 1]))
     of_losses, of_gradients = differences(model, batch.to("cuda"))
     assert of_losses < 1e-4 and of_gradients < 1e-3
-
-
-def small_gpu_model():
-    """With heads of 32, which the kernel takes."""
-    config = small_config()
-    text = dataclasses.replace(config.text, width=64, num_heads=2)
-    fusion = dataclasses.replace(config.fusion, width=64, num_heads=2)
-    torch.manual_seed(0)
-    return M3AE(dataclasses.replace(config, text=text, fusion=fusion)).cuda()

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from corpus import caption_rows
-from runs import command, losses, run, write_corpus
+from runs import GPU_MODEL, command, losses, run, write_corpus
 from safetensors.torch import load_file
 
 from fastm3ae.cli import main
@@ -381,13 +381,13 @@ def test_copies_do_not_change_with_what_was_copied():
 def test_a_gpu_run_goes_on(folder, monkeypatch, precision):
     """Equal but for the order in which a GPU adds up; dropout draws the same, fp16 scales the same."""
     train = {**TRAIN, "device": "cuda", "precision": precision, "num_workers": 1}
-    assert run(folder, output=f"{precision}_whole", train=train) == 0
+    assert run(folder, output=f"{precision}_whole", train=train, model=GPU_MODEL) == 0
     with monkeypatch.context() as patch:
         at_batch(patch, 7, kill)
         with pytest.raises(Killed):
-            run(folder, output=f"{precision}_killed", train=train)
+            run(folder, output=f"{precision}_killed", train=train, model=GPU_MODEL)
     torch.cuda.manual_seed(9)
-    assert run(folder, "--resume", "auto", output=f"{precision}_killed", train=train) == 0
+    assert run(folder, "--resume", "auto", output=f"{precision}_killed", train=train, model=GPU_MODEL) == 0
     got, want = (losses(folder / f"{precision}_{name}") for name in ("killed", "whole"))
     for left, right in zip(got, want, strict=True):
         assert left[:2] == right[:2] and left[3:] == pytest.approx(right[3:], rel=1e-4 if precision == "fp32" else 2e-2)

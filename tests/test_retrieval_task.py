@@ -125,7 +125,8 @@ def test_classes_by_prompts(folder, name):
     assert evaluate(folder, name, *arguments, output=f"{name}-zero") == 0
     found = content(folder / f"{name}-zero")
     assert found["metrics"].keys() == {"mean_auroc", "auroc_dark", "auroc_light", "accuracy", "macro_f1"}
-    assert found["about"]["labels"] == ["dark", "light"] and "by 4 prompts" in found["notes"][0]
+    assert found["about"]["task"] == "zero-shot" and found["about"]["labels"] == ["dark", "light"]
+    assert "by 4 prompts" in found["notes"][0]
     # Images of one grey are equal, so that they are told apart perfectly or not at all.
     assert found["metrics"]["auroc_dark"]["value"] in (0.0, 0.5, 1.0)
     rows = list(csv.DictReader((folder / f"{name}-zero" / "predictions.csv").open(newline="")))

@@ -37,7 +37,7 @@ class ZeroShotTask(RetrievalTask):
     2022).
     """
 
-    item_name = "pair"
+    name = "zero-shot"
 
     def __init__(self, config: FinetuneConfig, prompts: str) -> None:
         super().__init__(config)

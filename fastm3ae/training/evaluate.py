@@ -42,7 +42,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
     else:
         task = make_task(run, about if "labels" in about else None)
     loaded = load_finetuned(checkpoint, run, task, pick_device(config.device))
-    with tqdm(desc=f"evaluate {run.task.kind}", unit=task.item_name, dynamic_ncols=True) as bar:
+    with tqdm(desc=f"evaluate {task.name}", unit=task.item_name, dynamic_ncols=True) as bar:
 
         def progress(num_done: int, num_items: int) -> None:
             bar.total = num_items
@@ -50,7 +50,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
 
         evaluation, dataset = task.evaluate(loaded, config, progress)
     described = About(
-        task=run.task.kind,
+        task=task.name,
         datasets=list(run.data.datasets),
         split=config.split,
         configuration=about["config"],
