@@ -15,7 +15,7 @@ from fastm3ae.cli import main
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, write_pairs
 from fastm3ae.tasks.retrieval import Retrieval
 from fastm3ae.tasks.retrieval_task import _image_rows, _ranks, _text_rows
-from fastm3ae.tasks.zero_shot import _class_scores, read_prompts
+from fastm3ae.tasks.zero_shot import _class_scores, _lack, read_prompts
 
 MPMA = {
     "kind": "mpma",
@@ -125,6 +125,7 @@ def test_classes_by_prompts(folder, name):
     assert evaluate(folder, name, *arguments, output=f"{name}-zero") == 0
     found = content(folder / f"{name}-zero")
     assert found["metrics"].keys() == {"mean_auroc", "auroc_dark", "auroc_light", "accuracy", "macro_f1"}
+    assert found["about"]["task"] == "zero_shot"
     assert found["about"]["labels"] == ["dark", "light"] and "by 4 prompts" in found["notes"][0]
     # Images of one grey are equal, so that they are told apart perfectly or not at all.
     assert found["metrics"]["auroc_dark"]["value"] in (0.0, 0.5, 1.0)
@@ -139,10 +140,17 @@ def test_scores_of_classes():
     assert _class_scores(scores_IT, groups).tolist() == [[2.0, 4.0], [1.0, -4.0]]
 
 
+def test_what_an_image_lacks():
+    """How far its best class stands below the best that it has not; nothing if it is the best, or if it has none."""
+    scores_IC = np.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    labels_IC = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 0]])
+    assert _lack(scores_IC, labels_IC).tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
 def test_ranks_by_hand():
     """Behind equals, but not behind other own ones."""
-    scores = np.array([[3.0, 1.0, 2.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
-    assert _ranks(scores, [np.array([1, 2]), np.array([0]), np.array([0, 1, 2])]) == [2, 2, 1]
+    scores = np.array([[3.0, 1.0, 2.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 2.0]])
+    assert _ranks(scores, [np.array([1, 2]), np.array([0]), np.array([0, 1, 2]), np.array([0, 1])]) == [2, 2, 1, 2]
     found = Retrieval(
         scores_IT=np.array([[1.0, 3.0, 2.0], [4.0, 2.0, 5.0]]), image_of_text_T=np.array([0, 0, 1]),
         image_ids=["a", "b"], texts=["x", "y", "z"], is_exact=True, bad_samples=[], ids_without_text=[],
@@ -180,7 +188,12 @@ def test_mistakes(folder, capsys):
     assert "no prompts for the class 'light', but for dark, lihgt. Did you mean 'lihgt'" in refused(capsys, status)
     status = evaluate(folder, "m3ae", "--task", "retrieval", "--preselect-with", checkpoint(folder, "m3ae"),
                       "--datasets", "irtr_made")  # fmt: skip
-    assert "global_alignment" in refused(capsys, status)
+    assert "preselect_with must be an MPMA's checkpoint" in refused(capsys, status)
+    rows = [{"image": b"x", "labels": [1, 0], "image_id": "0.png", "split": "test"}]
+    write_pairs(folder / "bad_test.arrow", rows, IMAGE_LABEL_COLUMNS, {"classes": {"labels": ["dark", "light"]}})
+    bad = ["--task", "zero_shot", "--datasets", "bad", "--prompts", str(folder / "prompts.yaml"), "--on-bad-sample"]
+    for name in ("m3ae", "mpma"):
+        assert "None of the 1 images can be used" in refused(capsys, evaluate(folder, name, *bad, "skip"))
     write_vqa(folder)
     arguments = ["--data.root", str(folder), "--data.datasets", "irtr_made", "--output", str(folder / "no")]
     status = main(["finetune", "retrieval", "--init-from", checkpoint(folder, "mpma"), *arguments])

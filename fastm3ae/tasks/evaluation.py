@@ -9,6 +9,7 @@ hardest.png          the items that went wrong most, where the task draws some
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ __all__ = [
     "About",
     "Evaluation",
     "digest",
+    "make_folder",
     "markdown_table",
     "options_text",
     "percent",
@@ -124,8 +126,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path | str, about: About) -
         png = io.BytesIO()
         case_sheet(evaluation.hardest).save(png, "PNG")
         contents["hardest.png"] = png.getvalue()
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if name in contents:
                 _replace(folder / name, contents[name])
@@ -133,6 +135,20 @@ def write_evaluation(evaluation: Evaluation, folder: Path | str, about: About) -
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of an evaluation, unless it is there.
+
+    Raises:
+        UserError: It cannot be made or written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {folder} cannot be written: {os.strerror(errno.EACCES)}.")
 
 
 def percent(interval: Interval) -> str:

@@ -97,6 +97,11 @@ class Task(ABC):
     def __init__(self, config: FinetuneConfig, about: Mapping[str, Any] | None = None) -> None:
         self.config = config
 
+    @property
+    def name(self) -> str:
+        """What the task is called in results."""
+        return self.config.task.kind
+
     def about(self) -> dict[str, Any]:
         """Returns what a checkpoint has to say so that the task can be made again."""
         return {"labels": list(self.labels)}
