@@ -105,7 +105,8 @@ def test_without_fine_tuning(folder, name):
     assert found["metrics"]["text_to_image_recall_at_10"]["value"] == 1.0  # of ten images
     assert found["metrics"]["text_to_image_recall_at_1"]["num_groups"] == 10
     assert evaluate(folder, name, "--task", "retrieval", *dataset, "--max-images", "4", output="few") == 0
-    assert content(folder / "few")["notes"][0].startswith("4 images and 6 texts")
+    few = content(folder / "few")
+    assert few["notes"][0].startswith("4 images and 6 texts") and few["about"]["options"] == {"max_images": 4}
 
 
 def test_preselection_is_said_to_be_inexact(folder):

@@ -58,6 +58,8 @@ class About(TypedDict):
     """The whole configuration of the training (``configfile.to_dict``)."""
     seed: int
     """Seed of the training."""
+    options: dict[str, Any]
+    """In what the evaluation differs from the training: another size of images, fewer candidates."""
     checkpoint: str
     """Where the weights were read from."""
     weights_were_random: bool
@@ -207,6 +209,7 @@ def _report(evaluation: Evaluation, about: About) -> str:
         "checkpoint": about["checkpoint"] + ", from random weights" * about["weights_were_random"],
         "seed": about["seed"],
         "version": f"{environment['fastm3ae']}, commit {environment['commit']}",
+        **({"options": options_text(about["options"])} if about["options"] else {}),
         **({"labels": f"{len(labels)}, sha256 {digest(labels)}"} if labels else {}),
         **{f"data {file}": f"sha256 {found}" for file, found in about["fingerprints"].items()},
         **{f"preparation of {file}": options_text(options) for file, options in about["preparation"].items()},

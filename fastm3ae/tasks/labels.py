@@ -142,7 +142,9 @@ def check_labels(dataset: Labelled, names: Sequence[str], origin: str) -> None:
     for path, found in said.items():
         _check_equal(path, found, names, origin)
     files = ", ".join(path.name for path in dataset.table.paths)
-    for label, word in () if said else dataset.label_words():
+    if len(said) == len(dataset.table.paths):
+        return
+    for label, word in dataset.label_words():
         if not 0 <= label < len(names):
             raise UserError(f"{files} has the label {label}, but {origin} has only {len(names)} labels.")
         if word not in (None, names[label]):

@@ -60,6 +60,7 @@ def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | Non
         task=task.name,
         datasets=list(run.data.datasets),
         split=config.split,
+        options=_options(config),
         configuration=about["config"],
         seed=run.seed,
         checkpoint=str(checkpoint),
@@ -79,6 +80,15 @@ def _about(checkpoint: Path, run: FinetuneConfig) -> dict[str, Any]:
     about = read_about(checkpoint)[1]
     is_of_task = about.get("config", {}).get("task", {}).get("kind") == run.task.kind
     return {"weights_were_random": False, **(about if is_of_task else {}), "config": to_dict(run)}
+
+
+def _options(config: EvaluateConfig) -> dict[str, Any]:
+    """Returns what of an evaluation is not as in training, and so makes other numbers."""
+    names = ("image_size_px", "max_text_tokens", "tokenizer", "max_images", "prompts")
+    found = {name: getattr(config, name) for name in names}
+    if config.preselect_with is not None:
+        found |= {"preselect_with": config.preselect_with, "num_preselected": config.num_preselected}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _notes(loaded: Loaded, about: Mapping[str, Any]) -> list[str]:
