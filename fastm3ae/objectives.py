@@ -100,7 +100,7 @@ def vqa(logits_BA: Tensor, batch: VqaBatch, config: ModelConfig) -> Loss:
     targets = targets.scatter(1, index, batch.answer_scores_BA.to(targets.dtype))[:, : config.num_answers]
     loss = F.binary_cross_entropy_with_logits(logits_BA, targets) * config.num_answers
     score_B = targets.gather(1, logits_BA.argmax(-1, keepdim=True))
-    return Loss(loss, {"score": score_B.sum()})
+    return Loss(loss, {"score": score_B.float().sum()})
 
 
 def classification(logits_BC: Tensor, batch: ClassificationBatch, config: ModelConfig) -> Loss:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +27,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "LoadReport",
     "convert_checkpoint",
-    "describe_weights",
     "has_tokenizer",
     "init_model",
     "load_model",
@@ -251,11 +249,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     Raises:
         UserError: There is no such checkpoint, or it can't be read.
     """
-    path = path.expanduser()
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such checkpoint file.")
+    path = _weights_file(path)
     if path.suffix != ".safetensors":
         official = read_official(path)
         try:
@@ -267,15 +261,27 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     return state, _config_of(metadata, path)
 
 
+def _weights_file(path: Path) -> Path:
+    """Returns the file of a checkpoint, which may be its folder; a UserError tells where a run folder has some."""
+    path = path.expanduser()
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.is_file():
+        return file
+    found = [below.parent for below in (*path.glob(f"*/{WEIGHTS_FILE}"), *path.glob(f"checkpoints/*/{WEIGHTS_FILE}"))]
+    if found:
+        raise UserError(f"{path} is no checkpoint, but holds some: {', '.join(map(str, sorted(found)))}.")
+    raise UserError(f"{file}: there is no such checkpoint file.")
+
+
 def read_about(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
     """Returns a checkpoint's model configuration, and what else its run said of it: nothing for an official one.
 
     Raises:
         UserError: There is no such checkpoint, or it can't be read.
     """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if file.suffix != ".safetensors" or not file.is_file():
-        return read_weights(path)[1], {}
+    file = _weights_file(path)
+    if file.suffix != ".safetensors":
+        return read_weights(file)[1], {}
     metadata = _read_metadata(file)
     return _config_of(metadata, file), json.loads(metadata.get("fastm3ae_about", "{}"))
 
@@ -352,22 +358,6 @@ def convert_checkpoint(source: Path, target: Path) -> None:
     else:
         target.mkdir(parents=True)
         save_model(model, target)
-
-
-def describe_weights(path: Path) -> str:
-    """Returns what a checkpoint holds: its configuration, and the size of each part."""
-    state, config = read_weights(path)
-    sizes: dict[str, int] = {}
-    for name, tensor in state.items():
-        part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + tensor.numel()
-    lines = [f"{part:<28} {size:>13,} values" for part, size in sizes.items()]
-    lines.append(f"{'total':<28} {sum(sizes.values()):>13,} values in {len(state)} tensors")
-    if config is not None:
-        lines += ["", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
-    else:
-        lines += ["", "The file does not hold its configuration."]
-    return "\n".join(lines)
 
 
 def _resized(state: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:

@@ -86,11 +86,21 @@ def test_questions_with_one_id_keep_their_own_answers(tmp_path):
             {"answer_type": [0, 1]},
             r"vqa.arrow, row 1: column 'answer_type' has 2 values, expected one for each of the 3",
         ),
-        ({"answer_scores": [[1.0], [0.3], []]}, r"row 1: question 1 has 2 answer_labels and 1 answer_scores"),
+        ({"answer_scores": [[1.0], [0.3], []]}, r"row 1: number 1 of 'questions' has 2 answer_labels and 1 answer_sco"),
+        (
+            {"answer_type": [0, 1, 2]},
+            r"row 1: number 2 of 'questions' has the answer_type 2, expected 0 \(closed\) or 1",
+        ),
+        (
+            {"answer_labels": [[0], [1, -1], []]},
+            r"row 1: number 1 of 'questions' has the label -1 in column 'answer_la",
+        ),
+        ({"answer_labels": [[0], [1, 10], []]}, r"row 1: number 1 .* has the label 10 .* one from 0 to 9"),
     ],
 )
 def test_questions_without_their_answers(tmp_path, changes, message):
-    write_pairs(tmp_path / "vqa.arrow", [vqa_row(), vqa_row(**changes)], VQA_COLUMNS)
+    facts = {"classes": {"answer_labels": list("abcdefghij")}}
+    write_pairs(tmp_path / "vqa.arrow", [vqa_row(), vqa_row(**changes)], VQA_COLUMNS, facts)
     with pytest.raises(UserError, match=message):
         VqaDataset([tmp_path / "vqa.arrow"])
 

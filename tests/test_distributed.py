@@ -9,11 +9,14 @@ import time
 
 import pytest
 import torch
+import yaml
 from corpus import caption_rows, pretrain_batches
 from models import small_batch, small_model
-from runs import NO_DROPOUT, command, losses, run
+from runs import NO_DROPOUT, TOKENIZER, command, losses, run
 from safetensors.torch import load_file
+from tasks_data import write_vqa
 
+from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.data.loader import Loader, Place
 from fastm3ae.errors import UserError
@@ -94,6 +97,38 @@ def test_another_number_of_processes_goes_on(folder, capfd, begin):
     lines = [line for line in losses(folder / output) if line[0] > 8]
     assert len(lines) == 14  # twelve steps and two validations
     assert_same_losses(lines, losses(folder / f"{output}_alone"))
+
+
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """They share the questions of each step and of each validation; the first one tests alone."""
+    write_vqa(tmp_path)
+    towers = {name: {**NO_DROPOUT[name], "weights": "random"} for name in ("vision", "text")}
+    config = {
+        "model": {**NO_DROPOUT, **towers},
+        "data": {"root": str(tmp_path), "datasets": ["vqa_made"], "tokenizer": str(TOKENIZER), "max_text_tokens": 24},
+        "optim": {"learning_rate": 1e-3, "head_lr_multiplier": 1.0, "fusion_lr_multiplier": 1.0},
+        "train": {"num_steps": 6, "num_epochs": None, "batch_size": 7, "micro_batch": 3, "num_workers": 0,
+                  "log_every_steps": 2, "validate_every_steps": 3, "validate_every_epochs": None,
+                  "tensorboard": False, "device": "cpu"},
+    }  # fmt: skip
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["finetune", "vqa", "--config", str(tmp_path / "task.yaml"), "--output"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    result = torchrun([*arguments, str(tmp_path / "two")])
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["split"] for line in one].count("val") == 2
+    for left, right in zip(two, one, strict=True):
+        assert left.pop("split") == right.pop("split")
+        for clock in {"samples_per_s", "data_wait_frac"} & right.keys():
+            del left[clock], right[clock]
+        assert left == pytest.approx(right, rel=1e-5)
+    one, two = (json.loads((tmp_path / name / "test" / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"] == two["metrics"] and two["metrics"]["overall_accuracy"]["num_items"] == 16
+    assert result.stdout.count("test_overall_accuracy") == 1
 
 
 def test_sigterm_to_the_launcher_saves(folder):

@@ -22,6 +22,7 @@ ABOUT = About(
     task="vqa",
     datasets=["vqa_vqa_rad"],
     split="test",
+    options={},
     configuration={"seed": 3, "optim": {"learning_rate": 5e-6}},
     seed=3,
     checkpoint="runs/vqa/checkpoints/best",

@@ -18,6 +18,7 @@ from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.model.build import build_model
 from fastm3ae.pretrained import load_model, read_about, save_weights
 from fastm3ae.tasks.registry import make_task
+from fastm3ae.tasks.task import Task
 
 TRAIN = {"num_steps": 30, "num_epochs": None, "batch_size": 8, "num_workers": 0, "log_every_steps": 10,
          "validate_every_steps": 10, "validate_every_epochs": None, "save_every_steps": 10, "tensorboard": False,
@@ -96,6 +97,49 @@ def test_evaluate_repeats_the_test(folder, tmp_path, capsys):
     assert about["about"]["split"] == "val" and about["metrics"]["overall_accuracy"]["num_resamples"] == 7
 
 
+def test_another_tokenizer_is_said(folder, tmp_path):
+    tokens = (TOKENIZER / "vocab.txt").read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]) + "\n")
+    arguments = [
+        "--tokenizer",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["evaluate", str(folder / "vqa" / "checkpoints" / "best"), *arguments]) == 0
+    notes = json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"]
+    assert notes == [f"The tokenizer {tmp_path} is another one than the model was trained with."]
+    assert json.loads((folder / "vqa" / "test" / "metrics.json").read_text())["notes"] == []
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Task, "evaluate", None)  # is not reached
+    arguments = ["--device", "cpu", "--output", str(folder / "config.yaml" / "results")]
+    status = main(["evaluate", str(folder / "vqa" / "checkpoints" / "best"), *arguments])
+    assert "config.yaml/results cannot be written: Not a directory" in refused(capsys, status)
+
+
+def test_inspect_names_the_task_and_its_labels(folder, capsys):
+    for path in (
+        folder / "vqa" / "checkpoints" / "best",
+        folder / "vqa" / "checkpoints" / "step_000030",
+        folder / "vqa",
+    ):
+        assert main(["inspect", str(path)]) == 0
+        assert "fine-tuned for vqa on vqa_made\n4 labels: yes, no, left, right\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_a_folder_of_checkpoints(folder, capsys, command):
+    path = folder / "vqa" if command == "evaluate" else folder / "vqa" / "checkpoints"
+    message = refused(capsys, main([command, str(path)]))
+    assert f"{path} is no checkpoint, but holds some: {folder / 'vqa' / 'checkpoints' / 'best'}, " in message
+
+
 def test_the_pretrained_weights_are_the_start(folder):
     """With a learning rate of 0 all but the new head stays as it was."""
     assert finetune(folder, "vqa", output="still", optim={"learning_rate": 1e-30}, train={"num_steps": 1}) == 0
@@ -155,14 +199,6 @@ def test_a_fraction_of_the_images(folder, tmp_path):
 
 def data_of(folder, dataset="vqa_made", **changes):
     return DataConfig(root=str(folder), datasets=(dataset,), **changes)
-
-
-def test_seeds_make_a_table(folder, capsys):
-    assert finetune(folder, "vqa", "--seeds", "1", "2", output="seeds", train={"num_steps": 10}) == 0
-    table = (folder / "seeds" / "results.md").read_text()
-    assert table in capsys.readouterr().out and "±" in table
-    content = json.loads((folder / "seeds" / "results.json").read_text())
-    assert "vqa_made_test.arrow" in json.dumps(content) and (folder / "seeds" / "seed_2" / "test").is_dir()
 
 
 def test_labels_of_files_that_say_nothing(tmp_path):
@@ -252,6 +288,13 @@ def test_the_original_lines(folder, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["with", *line, "load_path=finetuned.ckpt", "test_only=True", "output=tested"]) == 0
     assert metrics(Path("tested")) == metrics(Path("run/test"))
+    assert main(["with", *line, "load_path=run/checkpoints/best", "test_only=True", "output=again"]) == 0
+    assert metrics(Path("again")) == metrics(Path("tested"))
+    write_vqa(tmp_path, ANSWERS[::-1])
+    line = [f"data_root={tmp_path}" if word.startswith("data_root=") else word for word in line]
+    capsys.readouterr()
+    status = main(["with", *line, "load_path=run/checkpoints/best", "test_only=True", "output=other"])
+    assert "vqa_made_test.arrow has other labels than the model" in refused(capsys, status)
 
 
 def test_a_swin_is_fine_tuned(folder):

@@ -36,6 +36,15 @@ def below(markdown, number):
     return next(line for line in markdown.splitlines() if line.startswith(f"- [{number}]: "))
 
 
+def test_another_way_to_evaluate_is_another_row(tmp_path):
+    write(tmp_path / "a", 0.6)
+    write(tmp_path / "b", 0.7, options={"image_size_px": 576})
+    table = results_table(read_results([tmp_path]))
+    assert [cells(table.markdown, number)[2] for number in (1, 2)] == ["", "evaluated with image_size_px=576"]
+    assert table.data["rows"][1]["options"] == {"image_size_px": 576}
+    assert "- options: image_size_px=576" in (tmp_path / "b" / "results.md").read_text()
+
+
 def test_seeds_are_averaged(tmp_path):
     for seed, accuracy in ((1, 0.6), (2, 0.65), (3, 0.7)):
         write(tmp_path / f"s{seed}", accuracy, seed)

@@ -15,7 +15,7 @@ from fastm3ae.cli import main
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, write_pairs
 from fastm3ae.tasks.retrieval import Retrieval
 from fastm3ae.tasks.retrieval_task import _image_rows, _ranks, _text_rows
-from fastm3ae.tasks.zero_shot import _class_scores, read_prompts
+from fastm3ae.tasks.zero_shot import _class_scores, _lack, read_prompts
 
 MPMA = {
     "kind": "mpma",
@@ -105,7 +105,8 @@ def test_without_fine_tuning(folder, name):
     assert found["metrics"]["text_to_image_recall_at_10"]["value"] == 1.0  # of ten images
     assert found["metrics"]["text_to_image_recall_at_1"]["num_groups"] == 10
     assert evaluate(folder, name, "--task", "retrieval", *dataset, "--max-images", "4", output="few") == 0
-    assert content(folder / "few")["notes"][0].startswith("4 images and 6 texts")
+    few = content(folder / "few")
+    assert few["notes"][0].startswith("4 images and 6 texts") and few["about"]["options"] == {"max_images": 4}
 
 
 def test_preselection_is_said_to_be_inexact(folder):
@@ -140,10 +141,17 @@ def test_scores_of_classes():
     assert _class_scores(scores_IT, groups).tolist() == [[2.0, 4.0], [1.0, -4.0]]
 
 
+def test_what_an_image_lacks():
+    """How far its best class stands below the best that it has not; nothing if it is the best, or if it has none."""
+    scores_IC = np.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    labels_IC = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 0]])
+    assert _lack(scores_IC, labels_IC).tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
 def test_ranks_by_hand():
     """Behind equals, but not behind other own ones."""
-    scores = np.array([[3.0, 1.0, 2.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
-    assert _ranks(scores, [np.array([1, 2]), np.array([0]), np.array([0, 1, 2])]) == [2, 2, 1]
+    scores = np.array([[3.0, 1.0, 2.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 2.0]])
+    assert _ranks(scores, [np.array([1, 2]), np.array([0]), np.array([0, 1, 2]), np.array([0, 1])]) == [2, 2, 1, 2]
     found = Retrieval(
         scores_IT=np.array([[1.0, 3.0, 2.0], [4.0, 2.0, 5.0]]), image_of_text_T=np.array([0, 0, 1]),
         image_ids=["a", "b"], texts=["x", "y", "z"], is_exact=True, bad_samples=[], ids_without_text=[],
@@ -181,7 +189,12 @@ def test_mistakes(folder, capsys):
     assert "no prompts for the class 'light', but for dark, lihgt. Did you mean 'lihgt'" in refused(capsys, status)
     status = evaluate(folder, "m3ae", "--task", "retrieval", "--preselect-with", checkpoint(folder, "m3ae"),
                       "--datasets", "irtr_made")  # fmt: skip
-    assert "global_alignment" in refused(capsys, status)
+    assert "preselect_with must be an MPMA's checkpoint" in refused(capsys, status)
+    rows = [{"image": b"x", "labels": [1, 0], "image_id": "0.png", "split": "test"}]
+    write_pairs(folder / "bad_test.arrow", rows, IMAGE_LABEL_COLUMNS, {"classes": {"labels": ["dark", "light"]}})
+    bad = ["--task", "zero_shot", "--datasets", "bad", "--prompts", str(folder / "prompts.yaml"), "--on-bad-sample"]
+    for name in ("m3ae", "mpma"):
+        assert "None of the 1 images can be used" in refused(capsys, evaluate(folder, name, *bad, "skip"))
     write_vqa(folder)
     arguments = ["--data.root", str(folder), "--data.datasets", "irtr_made", "--output", str(folder / "no")]
     status = main(["finetune", "retrieval", "--init-from", checkpoint(folder, "mpma"), *arguments])

@@ -223,6 +223,24 @@ class PairDataset(RowsOfImages):
                 )
         return [value for values in rows for value in values]
 
+    def _check_labels(self, column: str, labels_of_pairs: Sequence[Sequence[int]]) -> None:
+        """Raises a UserError that names the first label that is negative, or none of those that its file names."""
+        names, bounds = self._names_of(column), self._first_pair_of_file
+        for path, first, last in zip(self.table.paths, bounds, bounds[1:], strict=False):
+            num = len(names[path.name]) if path.name in names else float("inf")
+            for pair in range(first, last):
+                for label in labels_of_pairs[pair]:
+                    if not 0 <= label < num:
+                        raise UserError(
+                            f"{self._place(pair)} has the label {label} in column {column!r}, expected one from 0 to "
+                            f"{num - 1}."
+                        )
+
+    def _place(self, pair: int) -> str:
+        """Returns where a pair stands, as the start of a sentence."""
+        file, row = self.table.locate(int(self.row[pair]))
+        return f"{file}, row {row}: number {self.position[pair]} of {self.text_column!r}"
+
 
 class VqaDataset(PairDataset):
     """Questions about images, with their answers.
@@ -239,7 +257,8 @@ class VqaDataset(PairDataset):
         alpha: As of ``PairDataset``.
 
     Raises:
-        UserError: As ``PairDataset``, or a question has not one score for each answer.
+        UserError: As ``PairDataset``, or a question has not one score for each answer, a label that its file does not
+            name, or an answer_type that is neither 0 nor 1.
 
     Source: The original's datasets/vqa_vqa_rad_dataset.py.
     """
@@ -259,22 +278,27 @@ class VqaDataset(PairDataset):
         self.answer_scores: list[list[float]] = self._per_pair("answer_scores")
         for pair, (ids, scores) in enumerate(zip(self.answer_ids, self.answer_scores, strict=True)):
             if len(ids) != len(scores):
-                file, row = self.table.locate(int(self.row[pair]))
                 raise UserError(
-                    f"{file}, row {row}: question {self.position[pair]} has {len(ids)} answer_labels "
-                    f"and {len(scores)} answer_scores, expected one score for each label."
+                    f"{self._place(pair)} has {len(ids)} answer_labels and {len(scores)} answer_scores, expected one "
+                    "score for each label."
                 )
-        self.is_open = [answer_type == 1 for answer_type in self._per_pair("answer_type")]
+        self._check_labels("answer_labels", self.answer_ids)
+        answer_types = self._per_pair("answer_type")
+        for pair, answer_type in enumerate(answer_types):
+            if answer_type not in (0, 1):
+                raise UserError(
+                    f"{self._place(pair)} has the answer_type {answer_type}, expected 0 (closed) or 1 (open)."
+                )
+        self.is_open = [answer_type == 1 for answer_type in answer_types]
 
     def label_names(self) -> dict[str, list[str]]:
         """Returns for each file that says it, by name, which answers the labels 0, 1, ... stand for."""
         return self._names_of("answer_labels")
 
-    def label_words(self) -> Iterator[tuple[int, str]]:
-        """Yields labels with the answers that stand beside them."""
+    def label_words(self) -> Iterator[tuple[int, str | None]]:
+        """Yields labels with the answers that stand beside them; None where there are more or fewer answers."""
         for ids, answers in zip(self.answer_ids, self.answers, strict=True):
-            if len(ids) == len(answers):
-                yield from zip(ids, answers, strict=True)
+            yield from zip(ids, answers if len(ids) == len(answers) else [None] * len(ids), strict=True)
 
 
 class ClassificationDataset(PairDataset):
@@ -288,6 +312,9 @@ class ClassificationDataset(PairDataset):
         label_column: The classes of an image's texts, for example "i_meth_label".
         alpha: As of ``PairDataset``.
 
+    Raises:
+        UserError: As ``PairDataset``, or a pair has a label that its file does not name.
+
     Source: The original's datasets/cls_melinda_dataset.py.
     """
 
@@ -297,6 +324,7 @@ class ClassificationDataset(PairDataset):
         super().__init__(files, extra_columns={label_column: "list<int>"}, alpha=alpha)
         self.label_column = label_column
         self.labels: list[int] = self._per_pair(label_column)
+        self._check_labels(label_column, [[label] for label in self.labels])
 
     def label_names(self) -> dict[str, list[str]]:
         """Returns for each file that says it, by name, what the labels 0, 1, ... stand for."""

@@ -1,5 +1,6 @@
 """Tokenizers: found on the hub or in a local folder, and applied to one text."""
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import file_exists
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFa
 
 from fastm3ae.errors import UserError
 
-__all__ = ["encode", "load_tokenizer"]
+__all__ = ["encode", "fingerprint", "load_tokenizer"]
 
 LOCAL_FILES = "tokenizer.json, vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa)"
 
@@ -47,6 +48,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int) -> En
     backend.no_padding()  # a tokenizer.json may ask for padding, and transformers' call leaves its settings behind
     backend.enable_truncation(max_tokens)
     return backend.encode(text)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns the SHA-256 of all that a tokenizer consists of."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerFast:

@@ -29,7 +29,10 @@ def read_finetuned(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
     """
     about = read_about(checkpoint)[1]
     if "task" not in about.get("config", {}):
-        raise UserError(f"{checkpoint} was not fine-tuned for a task: fastm3ae finetune makes such checkpoints.")
+        raise UserError(
+            f"{checkpoint} was not fine-tuned for a task: fastm3ae finetune makes such checkpoints; fastm3ae evaluate "
+            "--task retrieval or zero_shot needs none."
+        )
     return _with_own_tokenizer(from_dict(FinetuneConfig(), about["config"]), checkpoint), about
 
 

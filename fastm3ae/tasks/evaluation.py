@@ -9,6 +9,7 @@ hardest.png          the items that went wrong most, where the task draws some
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ __all__ = [
     "About",
     "Evaluation",
     "digest",
+    "make_folder",
     "markdown_table",
     "options_text",
     "percent",
@@ -56,6 +58,8 @@ class About(TypedDict):
     """The whole configuration of the training (``configfile.to_dict``)."""
     seed: int
     """Seed of the training."""
+    options: dict[str, Any]
+    """In what the evaluation differs from the training: another size of images, fewer candidates."""
     checkpoint: str
     """Where the weights were read from."""
     weights_were_random: bool
@@ -124,8 +128,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path | str, about: About) -
         png = io.BytesIO()
         case_sheet(evaluation.hardest).save(png, "PNG")
         contents["hardest.png"] = png.getvalue()
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if name in contents:
                 _replace(folder / name, contents[name])
@@ -133,6 +137,20 @@ def write_evaluation(evaluation: Evaluation, folder: Path | str, about: About) -
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of an evaluation, unless it is there.
+
+    Raises:
+        UserError: It cannot be made or written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {folder} cannot be written: {os.strerror(errno.EACCES)}.")
 
 
 def percent(interval: Interval) -> str:
@@ -191,6 +209,7 @@ def _report(evaluation: Evaluation, about: About) -> str:
         "checkpoint": about["checkpoint"] + ", from random weights" * about["weights_were_random"],
         "seed": about["seed"],
         "version": f"{environment['fastm3ae']}, commit {environment['commit']}",
+        **({"options": options_text(about["options"])} if about["options"] else {}),
         **({"labels": f"{len(labels)}, sha256 {digest(labels)}"} if labels else {}),
         **{f"data {file}": f"sha256 {found}" for file, found in about["fingerprints"].items()},
         **{f"preparation of {file}": options_text(options) for file, options in about["preparation"].items()},

@@ -122,7 +122,8 @@ def read_labels(datasets: Sequence[Labelled]) -> tuple[str, ...]:
         for path, other in others:
             _check_equal(path, other, names, first)
         return tuple(names)
-    words = {label: word for dataset in datasets for label, word in dataset.label_words()}
+    found = [pair for dataset in datasets for pair in dataset.label_words()]
+    words = {**dict.fromkeys(label for label, _ in found), **{label: word for label, word in found if word is not None}}
     return tuple(words.get(label) or f"label {label}" for label in range(1 + max(words, default=-1)))
 
 
@@ -141,7 +142,9 @@ def check_labels(dataset: Labelled, names: Sequence[str], origin: str) -> None:
     for path, found in said.items():
         _check_equal(path, found, names, origin)
     files = ", ".join(path.name for path in dataset.table.paths)
-    for label, word in () if said else dataset.label_words():
+    if len(said) == len(dataset.table.paths):
+        return
+    for label, word in dataset.label_words():
         if not 0 <= label < len(names):
             raise UserError(f"{files} has the label {label}, but {origin} has only {len(names)} labels.")
         if word not in (None, names[label]):

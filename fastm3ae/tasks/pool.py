@@ -12,7 +12,7 @@ from fastm3ae.data.collate import stack
 from fastm3ae.data.datasets import ImageDataset, PairDataset
 from fastm3ae.data.images import make_transform, normalization, normalize
 from fastm3ae.data.text import encode
-from fastm3ae.errors import BadSample
+from fastm3ae.errors import BadSample, UserError
 from fastm3ae.model.build import Model
 
 __all__ = ["PairPool", "Pool", "ReadyModel"]
@@ -93,6 +93,11 @@ class Pool:
         mean, std = (statistic.to(weight.device) for statistic in normalization(ready.transform))
         image_BCHW = normalize(stack(found, (3, size, size)).to(weight.device), mean, std)
         return image_BCHW.to(weight.dtype), np.array(good, dtype=np.int64)
+
+    def check_any_good(self) -> None:
+        """Raises a UserError if no image can be used."""
+        if not self.is_good_I.any():
+            raise UserError(f"None of the {self.num_images} images can be used; the first: {self.bad_samples[0]}.")
 
     def image_id(self, number: int) -> str:
         """Returns an image's id."""

@@ -46,7 +46,8 @@ class Run:
         """Returns what all runs of a row have in common, as text."""
         about = self.about
         configuration = {key: value for key, value in about["configuration"].items() if key not in NOT_COMPARED}
-        parts = [about["task"], about["datasets"], about["split"], about["weights_were_random"], configuration]
+        same = ("task", "datasets", "split", "options", "weights_were_random")
+        parts = [*(about[name] for name in same), configuration]
         return json.dumps(parts, sort_keys=True)
 
 
@@ -83,7 +84,7 @@ def read_results(paths: Sequence[Path | str]) -> list[Run]:
 
 
 def results_table(runs: Sequence[Run]) -> ResultsTable:
-    """Returns a table with a row for each configuration: task, data sets, split, and all of the training but its seed.
+    """Returns a table with a row for each configuration: all of the evaluation, and all of the training but its seed.
 
     A row of several seeds has the mean and the sample standard deviation (divided by the number of seeds minus one), a
     row of one seed the value with its interval. Rows are in the order in which the runs are given.
@@ -171,7 +172,7 @@ def _num_items(metrics: Mapping[str, Interval]) -> dict[str, int]:
 def _row_data(row: Sequence[Run]) -> dict[str, Any]:
     """Returns a row with all that is known of it."""
     about = row[0].about
-    same = ("task", "datasets", "split", "weights_were_random", "fingerprints", "labels", "resampling_unit")
+    same = ("task", "datasets", "split", "options", "weights_were_random", "fingerprints", "labels", "resampling_unit")
     return {
         **{name: about[name] for name in same},
         "labels_sha256": digest(about["labels"]),
@@ -232,10 +233,11 @@ def _is_beside(other: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 
 def _configuration_text(values: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """Returns in what a configuration differs from those beside it."""
+    """Returns in what a configuration differs from those beside it, and in what its evaluation from its training."""
     own = values["configuration"]
     unlike = {key: pair[0] for other in others for key, pair in differences(own, other).items()}
     texts = [f"{key}={value}" for key, value in unlike.items()]
+    texts += [f"evaluated with {options_text(values['options'])}"] if values["options"] else []
     return ", ".join(texts + ["from random weights"] * values["weights_were_random"])
 
 

@@ -162,6 +162,9 @@ def score_pool(
     """Returns the scores of a pool's images with its texts, (I, T) float32, as of ``retrieve``.
 
     The row of an image that cannot be used, which the pool then knows, means nothing.
+
+    Raises:
+        UserError: As ``retrieve``.
     """
     is_fused = ready.model.config.kind == "m3ae"
     if preselection is not None and not is_fused:
@@ -170,19 +173,19 @@ def score_pool(
         if is_fused:
             scorer = PairScorer(ready.model, autocast, pairs_per_pass)
             selected = None if preselection is None else _select(pool, preselection, autocast)
-            return _fuse(pool, ready, scorer, selected, cache_mib * 2**20, progress)
-        image_IE, text_TE = _embed(pool, ready, autocast)
-        scores_IT = (image_IE @ text_TE.T).cpu().numpy()
-        for image, scores_T in enumerate(scores_IT):
-            _check(pool, scores_T, np.full(pool.num_texts, image), np.arange(pool.num_texts))
-        return scores_IT
+            scores_IT = _fuse(pool, ready, scorer, selected, cache_mib * 2**20, progress)
+        else:
+            image_IE, text_TE = _embed(pool, ready, autocast)
+            scores_IT = (image_IE @ text_TE.T).cpu().numpy()
+            for image, scores_T in enumerate(scores_IT):
+                _check(pool, scores_T, np.full(pool.num_texts, image), np.arange(pool.num_texts))
+    pool.check_any_good()
+    return scores_IT
 
 
 def _result(pool: PairPool, scores_IT: np.ndarray, is_exact: bool) -> Retrieval:
     """Returns the scores without those of images that cannot be used and of their texts."""
     is_good_I, is_good_T = pool.is_good_I, pool.is_good_I[pool.image_of_text_T]
-    if not is_good_I.any():
-        raise UserError(f"None of the {pool.num_images} images can be used; the first: {pool.bad_samples[0]}.")
     if not is_good_I.all():
         scores_IT = scores_IT[is_good_I][:, is_good_T]
     return Retrieval(

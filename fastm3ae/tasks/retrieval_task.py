@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,8 @@ from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.loader import transform_of
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.pretrained import load_model, read_tokenizer
+from fastm3ae.pretrained import read_tokenizer
+from fastm3ae.tasks.checkpoint import load_finetuned, read_pretrained
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval, bootstrap, recall_metrics
 from fastm3ae.tasks.pool import ReadyModel
@@ -47,8 +49,8 @@ class RetrievalTask(Task):
         return dataclasses.replace(model, objectives=("retrieval",))
 
     def items(self, output: Tensor, batch: RetrievalBatch) -> list[Item]:
-        """Returns an item for each image of a batch: whether its own text has the best score."""
-        is_hit_B = (output.argmax(dim=-1) == 0).tolist()
+        """Returns an item for each image of a batch: whether its own text has the best score, alone or with others."""
+        is_hit_B = (output[:, 0] == output.amax(dim=-1)).tolist()
         found = zip(batch.pairs, batch.item_ids, is_hit_B, strict=True)
         return [{"pair": pair, "image_id": image_id, "is_hit": is_hit} for pair, image_id, is_hit in found]
 
@@ -63,12 +65,7 @@ class RetrievalTask(Task):
     ) -> dict[str, float]:
         """Returns the recalls among the first images of the validation split, and the mean of those at 1."""
         found = retrieve(
-            ReadyModel(
-                model=model,
-                tokenizer=self._tokenizer,
-                transform=config.data.val_transform,
-                max_text_tokens=config.data.max_text_tokens,
-            ),
+            ready_model(Loaded(config, self._tokenizer, model)),
             self.dataset("val"),
             autocast=autocast,
             max_images=config.task.num_recall_images,
@@ -83,10 +80,8 @@ class RetrievalTask(Task):
         dataset = self.dataset(asked.split)
         preselection = None
         if asked.preselect_with is not None:
-            path = Path(asked.preselect_with)
-            preselection = Preselection(
-                ready=ready_model(_load_mpma(path, loaded)), num_preselected=asked.num_preselected
-            )
+            mpma = _load_mpma(Path(asked.preselect_with), loaded.device)
+            preselection = Preselection(ready=ready_model(mpma), num_preselected=asked.num_preselected)
         found = retrieve(
             ready_model(loaded),
             dataset,
@@ -170,21 +165,23 @@ def ready_model(loaded: Loaded) -> ReadyModel:
     )
 
 
-def _load_mpma(path: Path, beside: Loaded) -> Loaded:
+def _load_mpma(path: Path, device: torch.device) -> Loaded:
     """Returns the model that preselects."""
-    from fastm3ae.tasks.checkpoint import read_pretrained
-
     config, _ = read_pretrained(path)
-    model = load_model(path).to(beside.device).eval()
-    return Loaded(dataclasses.replace(config, train=beside.config.train), read_tokenizer(config), model)
+    if config.model.kind != "mpma":
+        raise UserError(
+            f"preselect_with must be an MPMA's checkpoint, but {path} is one of {config.model.kind.upper()}."
+        )
+    return load_finetuned(path, config, RetrievalTask(config), device)
 
 
 def _ranks(scores: np.ndarray, own: Sequence[np.ndarray]) -> list[int]:
     """Returns the place of the best own candidate of each row, 1 being the first; behind its equals."""
-    best = [row[candidates].max() for row, candidates in zip(scores, own, strict=True)]
-    equals = [int((row == value).sum()) - len(c) for row, value, c in zip(scores, best, own, strict=True)]
-    better = [int((row > value).sum()) for row, value in zip(scores, best, strict=True)]
-    return [1 + more + max(0, same) for more, same in zip(better, equals, strict=True)]
+    ranks = []
+    for row, candidates in zip(scores, own, strict=True):
+        best = row[candidates].max()
+        ranks.append(1 + int((row >= best).sum()) - int((row[candidates] == best).sum()))
+    return ranks
 
 
 def _image_rows(found: Retrieval) -> list[dict[str, Any]]:

@@ -71,12 +71,12 @@ class ZeroShotTask(RetrievalTask):
             for number, scores, labels in zip(good, scores_IC, labels_IC, strict=True)
         ]
         square = self.squares(loaded.config, dataset)
-        wrong = [number for number, row in enumerate(rows) if row["predicted"] not in row["expected"].split("; ")]
+        lack_I = _lack(scores_IC, labels_IC)
+        wrong = [int(number) for number in np.argsort(-lack_I, kind="stable") if lack_I[number] > 0]
         hardest = [
-            (square(good[number]), [rows[number]["image_id"], f"expected: {rows[number]['expected'] or 'none'}",
-                                    f"predicted: {rows[number]['predicted']}"])
+            (square(good[number]), [f"{key}: {rows[number][key]}" for key in ("image_id", "expected", "predicted")])
             for number in wrong[:NUM_HARDEST]
-        ]  # fmt: skip
+        ]
         notes = [f"Without training, by {len(texts)} prompts of {asked.prompts}.", *left_out(pool.bad_samples)]
         return Evaluation(metrics=metrics, predictions=rows, hardest=hardest, notes=notes), dataset
 
@@ -123,6 +123,13 @@ def _class_scores(scores_IT: np.ndarray, groups: Sequence[tuple[list[str], list[
         columns.append(score_I - scores_IT[:, middle:last].mean(axis=1) if negative else score_I)
         first = last
     return np.stack(columns, axis=1)
+
+
+def _lack(scores_IC: np.ndarray, labels_IC: np.ndarray) -> np.ndarray:
+    """Returns by how much the best class of each image stands below the best that it has not; 0 if it has none."""
+    has_IC = labels_IC > 0
+    best_own_I = np.where(has_IC, scores_IC, -np.inf).max(axis=1)
+    return np.where(has_IC.any(axis=1), scores_IC.max(axis=1) - best_own_I, 0)
 
 
 def _metrics(

@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fastm3ae.configfile import to_dict
 from fastm3ae.errors import UserError
-from fastm3ae.pretrained import describe_weights
+from fastm3ae.pretrained import read_about, read_weights
 from fastm3ae.training.checkpoint import BEST, MANIFEST_FILE, STATE_FILE, checkpoints, damage, load_training_state
 
 __all__ = ["describe_checkpoint", "describe_run"]
+
+NUM_LABELS = 20
+"""So many labels of a task are named."""
 
 
 def describe_run(folder: Path) -> str:
@@ -27,6 +33,7 @@ def describe_run(folder: Path) -> str:
         lines.append(f"{path.name:<16} {_size(path):>11}  {damage(path) or 'whole'}")
     if (best := folder / "checkpoints" / BEST).is_dir():
         lines.append(f"{BEST:<16} {_size(best):>11}  weights alone")
+        lines += ["", *task] if (task := _describe_task(best)) else []
     for name, path in sections.items():
         if path.is_file():
             lines += ["", f"== {name}", path.read_text().rstrip()]
@@ -34,13 +41,13 @@ def describe_run(folder: Path) -> str:
 
 
 def describe_checkpoint(path: Path) -> str:
-    """Returns the sizes of a checkpoint's parts and its configuration; of one of a run also where the run stood.
+    """Returns a checkpoint's task and labels, sizes and configuration; of one of a run also where the run stood.
 
     Raises:
         UserError: There is no such checkpoint, or it can't be read.
     """
     if not (path / STATE_FILE).is_file():
-        return describe_weights(path)
+        return "\n".join([*_describe_task(path), *_describe_weights(path)])
     fault = damage(path)
     lines = [f"{path}: {_size(path)}, {fault or 'whole'}"]
     if fault is None:
@@ -54,7 +61,33 @@ def describe_checkpoint(path: Path) -> str:
         )
         lines += [f"{what}: sha256 {fingerprint}" for what, fingerprint in state["fingerprints"].items()]
         lines.append(f"last validation: {_values(state['validation']) or 'none'}")
-    return "\n".join([*lines, "", describe_weights(path)])
+    return "\n".join([*lines, "", *_describe_task(path), *_describe_weights(path)])
+
+
+def _describe_task(checkpoint: Path) -> list[str]:
+    """Returns, if a checkpoint was fine-tuned, for what, on which data, and what its labels are."""
+    about = read_about(checkpoint)[1]
+    run = about.get("config", {})
+    if "task" not in run:
+        return []
+    labels, num = about["labels"], len(about["labels"])
+    named = ", ".join(labels[:NUM_LABELS]) + f", and {num - NUM_LABELS} more" * (num > NUM_LABELS)
+    lines = [f"fine-tuned for {run['task']['kind']} on {', '.join(run['data']['datasets'])}"]
+    return lines + [f"{num} labels: {named}"] * bool(labels)
+
+
+def _describe_weights(path: Path) -> list[str]:
+    """Returns what a checkpoint holds: the size of each part, and its configuration."""
+    state, config = read_weights(path)
+    sizes: dict[str, int] = {}
+    for name, tensor in state.items():
+        part = name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + tensor.numel()
+    lines = [f"{part:<28} {size:>13,} values" for part, size in sizes.items()]
+    lines.append(f"{'total':<28} {sum(sizes.values()):>13,} values in {len(state)} tensors")
+    if config is None:
+        return [*lines, "", "The file does not hold its configuration."]
+    return [*lines, "", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
 
 
 def _last_metrics(path: Path) -> dict[str, dict[str, Any]]:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from fastm3ae import objectives
 from fastm3ae.config import DataConfig, EvaluateConfig, FinetuneConfig
+from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.pretrained import has_tokenizer, read_about
+from fastm3ae.pretrained import has_tokenizer, read_about, read_tokenizer, resolve
 from fastm3ae.tasks.evaluation import METRICS_FILE, Evaluation
 from fastm3ae.tasks.registry import make_task
 from fastm3ae.tasks.results import read_results, results_table
@@ -26,6 +27,7 @@ from fastm3ae.training.distributed import Processes
 from fastm3ae.training.evaluate import evaluate
 from fastm3ae.training.job import Job
 from fastm3ae.training.launch import is_one_of_several
+from fastm3ae.training.resume import check_same_run
 from fastm3ae.training.run import run
 
 __all__ = ["check_task", "finetune", "finetune_seeds", "start_from"]
@@ -102,17 +104,20 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         name=f"finetune {config.task.kind}",
         loader=task.loader,
         longest_batch=task.longest_batch,
+        score=task.score,
         validate=partial(validate, task, config),
         freeze=(TOWERS if config.model.has_texts else ("vision",)) if config.task.freeze_towers else (),
         about=task.about(),
     )
     summary = run(config, job, processes)
-    if config.task.test and all(path.exists() for path in task.files("test")):
-        evaluation = processes.from_first(lambda: _test(config, processes))
-        if summary is not None:
-            summary |= {f"test_{name}": interval.value for name, interval in evaluation.metrics.items()}
-    processes.close()
-    return summary
+    processes.close()  # none has to wait for the test, which may take long
+    if summary is None or not config.task.test:
+        return summary
+    if missing := [path for path in task.files("test") if not path.exists()]:
+        tqdm.write(f"not tested: there is no {missing[0]}")
+        return summary
+    evaluation = _test(config, processes.device, batch_size=summary["micro_batch"])
+    return summary | {f"test_{name}": interval.value for name, interval in evaluation.metrics.items()}
 
 
 def check_task(config: FinetuneConfig) -> None:
@@ -129,7 +134,7 @@ def check_task(config: FinetuneConfig) -> None:
         )
 
 
-def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
+def _test(config: FinetuneConfig, device: torch.device, batch_size: int) -> Evaluation:
     output = Path(config.output)
     tqdm.write(f"testing the weights that validated best: {output / 'test'}")
     return evaluate(
@@ -137,9 +142,9 @@ def _test(config: FinetuneConfig, processes: Processes) -> Evaluation:
         EvaluateConfig(
             output=str(output / "test"),
             root=config.data.root,
-            batch_size=config.train.batch_size if config.train.micro_batch == "auto" else config.train.micro_batch,
+            batch_size=batch_size,
             precision=config.train.precision,
-            device=str(processes.device),
+            device=str(device),
             num_workers=config.train.num_workers,
             on_bad_sample=config.data.on_bad_sample,
         ),
@@ -156,6 +161,8 @@ def validate(
     processes: Processes,
 ) -> dict[str, float]:
     """Returns the mean loss and the task's metrics over all batches of all processes; "score" is the task's own.
+
+    Of batches that ended early, because the run is to stop, there may be no metric and no score.
 
     Args:
         task: The task.
@@ -179,36 +186,61 @@ def validate(
     shares = processes.gather((items, loss))
     items = [item for share, _ in shares for item in share]
     if not items:
-        raise UserError("Not one item of the validation split can be used.")
+        return {}
     metrics = {f"{task.objective}_loss": sum(share_loss for _, share_loss in shares) / len(items)}
     found = task.metrics(items, num_resamples=1)
     metrics |= {name: interval.value for name, interval in found.items() if interval.value is not None}
     metrics |= processes.from_first(lambda: task.validation(config, model, autocast))
-    if task.score not in metrics:
-        raise UserError(f"{task.score}, which chooses the best checkpoint, is not defined for the validation split.")
-    return metrics | {"score": metrics[task.score]}
+    return metrics | ({"score": metrics[task.score]} if task.score in metrics else {})
+
+
+def _check_same_test(config: FinetuneConfig, folder: Path) -> None:
+    """Raises a UserError if a complete run's test is of another run, or of other data, than is now asked for."""
+    task = make_task(config)
+    config = dataclasses.replace(config, model=task.with_head(config.model))
+    config = resolve(config, read_tokenizer(config))
+    (test,) = read_results([folder])
+    state = {"config": test.about["configuration"], "fingerprints": test.about["fingerprints"], "num_processes": 1}
+    check_same_run(state, config, task.dataset("test").fingerprints(), num_processes=1)
 
 
 def finetune_seeds(config: FinetuneConfig, seeds: Sequence[int]) -> str:
     """Fine-tunes once for each seed, into folders of their own, and compares the tests.
 
+    A run that was begun goes on, and one that is complete is not made again: what was interrupted is ended by the same
+    command.
+
     Args:
-        config: The run; its output is the folder of all runs. A run that is complete is not made again.
+        config: The run; its output is the folder of all runs.
         seeds: The seeds.
 
     Returns:
         The table, as Markdown; it and its content as JSON are written to results.md and results.json.
 
     Raises:
-        UserError: As ``finetune``; or there is no test split, or there are several processes.
+        UserError: As ``finetune``; or there is nothing to test on, a seed is given twice, a complete run is another
+            one, or there are several processes.
     """
     if is_one_of_several():
         raise UserError("--seeds makes one run after another in one process: start it without torchrun.")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must name different seeds, got {' '.join(map(str, seeds))}.")
+    if config.resume not in (None, "auto"):
+        raise UserError(f"--seeds goes on with each seed's own run, so that --resume cannot be {config.resume}.")
+    if not config.task.test:
+        raise UserError("--seeds compares tests, but task.test is off.")
+    dataset_files(config.data.root, config.data.datasets, "test")
     folders = [Path(config.output, f"seed_{seed}") for seed in seeds]
-    for seed, folder in zip(seeds, folders, strict=True):
-        if not (folder / "test" / METRICS_FILE).is_file():
-            finetune(dataclasses.replace(config, seed=seed, output=str(folder)))
-    markdown, content = results_table(read_results(folders))
+    runs = [
+        dataclasses.replace(config, seed=seed, output=str(folder), resume="auto")
+        for seed, folder in zip(seeds, folders, strict=True)
+    ]
+    for of_seed, folder in zip(runs, folders, strict=True):
+        if (folder / "test" / METRICS_FILE).is_file():
+            _check_same_test(of_seed, folder / "test")
+        else:
+            finetune(of_seed)
+    markdown, content = results_table(read_results([folder / "test" for folder in folders]))
     Path(config.output, "results.md").write_text(markdown)
     Path(config.output, "results.json").write_text(json.dumps(content, indent=2) + "\n")
     return markdown

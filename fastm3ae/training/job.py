@@ -39,15 +39,17 @@ class Job:
     Args:
         name: Of the progress bar.
         loader: Makes the loaders.
+        score: Name of the metric that chooses the best checkpoint.
         longest_batch: Makes a batch of so many pairs that needs as much memory as any.
-        validate: Returns the metrics of the validation split, of which "score" chooses the best checkpoint; of the
-            model, this process's batches, what gives the context in which the model computes, and the processes.
+        validate: Returns the metrics of the validation split, that metric as "score", too, unless it is not defined;
+            of the model, this process's batches, what gives the context in which the model computes, and the processes.
         draw: Draws pictures, by name, of the model and the first batch of a validation; None: none.
         freeze: Parts of the model that keep the weights they start with.
         about: What the checkpoints say of the run beside the model.
     """
 
     name: str
+    score: str
     loader: MakeLoader
     longest_batch: Callable[[RunConfig, int], ImageBatch]
     validate: Callable[[Model, Iterator[ImageBatch], Callable[[], AbstractContextManager], Processes], dict[str, float]]

@@ -157,7 +157,7 @@ class Trainer:
         is_best = False
         if (self.step % self.validate_every == 0 or is_last) and self.validated_step != self.step:
             self.meter.pause(self._validate)
-            if self.validated_step == self.step and "score" in self.validation:
+            if self.validated_step == self.step:
                 is_best = self.best_score is None or self.validation["score"] > self.best_score
                 self.best_score = self.validation["score"] if is_best else self.best_score
                 self.num_stale = 0 if is_best else self.num_stale + 1
@@ -220,6 +220,11 @@ class Trainer:
         (num_stops,) = self.processes.sum([self.stop.signal is not None])
         if num_stops:
             return
+        if "score" not in metrics:
+            raise UserError(
+                f"{self.job.score}, which chooses the best checkpoint, is not defined for what can be used of the "
+                f"{self.val_loader.num_pairs} items of the validation split."
+            )
         self.validation, self.validated_step = metrics, self.step
         self._count_skipped("val", "validation", self.val_loader)
         self._log("val", metrics)

@@ -74,4 +74,4 @@ def longest_batch(config: PretrainConfig, num_pairs: int) -> PretrainBatch:
     )
 
 
-PRETRAINING = Job("pretrain", pretrain_loader, longest_batch, validate, draw_pictures)
+PRETRAINING = Job("pretrain", "score", pretrain_loader, longest_batch, validate, draw_pictures)

@@ -73,8 +73,8 @@ def check_same_run(
     ]
     if faults and not config.force_resume:
         raise UserError(
-            f"The run cannot go on as it was: {'; '.join(faults)}. Restore it, or give --force-resume to go on with "
-            "what is now."
+            f"The run {config.output} cannot go on as it was: {'; '.join(faults)}. Restore it, or give --force-resume "
+            "to go on with what is now."
         )
     notes = [f"Forced to go on although {fault}." for fault in faults]
     if state["num_processes"] != num_processes:

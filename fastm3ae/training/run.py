@@ -1,7 +1,6 @@
 """A run from its configuration: checks, model, data, checkpoint, then the loop; whatever it is for."""
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae.config import RunConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.loader import Loader, Place
+from fastm3ae.data.text import fingerprint
 from fastm3ae.device import autocast_context
 from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
@@ -222,5 +222,5 @@ def _fingerprints(
     """Returns by the names of the data files, and for the tokenizer, a hash of what they hold."""
     found = {**train_loader.dataset.fingerprints(), **val_loader.dataset.fingerprints()}
     if tokenizer is not None:
-        found["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        found["tokenizer"] = fingerprint(tokenizer)
     return found
