@@ -8,8 +8,8 @@ Images of 384 px (577 tokens) and real lengths of texts: 9 questions of 7 to 14 
 about 8 images (of 64 questions that are drawn from VQA-RAD's, 57 have an image of their own: two questions about one
 image share its encoding); 2 captions of 29 and 62 of 128 tokens, the median and the 90th percentile of ROCO's captions,
 in the place of MELINDA's; and 1 image with 4 captions (18 to 40 of 40; the original's 16 would save more, because it
-encodes the image again for each text). float32, dropout 0.1. Both steps run on one model, in turn, without an optimiser;
-a figure is the ratio of the medians. Takes about 15 minutes and 13 GB.
+encodes the image again for each text). float32, dropout 0.1. Both steps run on one model, in turn, without an
+optimiser; a figure is the ratio of the medians. Takes about 15 minutes and 13 GB.
 
 What is saved, counted in operations: padding, the rows of the last fusion layer that no pooler reads (of 577 tokens of
 the image, one is read), and the encodings of images that were encoded already. So little is saved for questions (1.13

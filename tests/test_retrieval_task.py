@@ -192,7 +192,7 @@ def test_mistakes(folder, capsys):
     assert "preselect_with must be an MPMA's checkpoint" in refused(capsys, status)
     rows = [{"image": b"x", "labels": [1, 0], "image_id": "0.png", "split": "test"}]
     write_pairs(folder / "bad_test.arrow", rows, IMAGE_LABEL_COLUMNS, {"classes": {"labels": ["dark", "light"]}})
-    bad = ["--task", "zero_shot", "--datasets", "bad", "--prompts", str(folder / "prompts.yaml"), "--on-bad-sample"]
+    bad = ["--task", "zero-shot", "--datasets", "bad", "--prompts", str(folder / "prompts.yaml"), "--on-bad-sample"]
     for name in ("m3ae", "mpma"):
         assert "None of the 1 images can be used" in refused(capsys, evaluate(folder, name, *bad, "skip"))
     write_vqa(folder)
