@@ -334,6 +334,8 @@ class FinetuneConfig(RunConfig):
 class EvaluateConfig:
     """How well a checkpoint does its task on a split."""
 
+    checkpoint: str
+    """A checkpoint: its folder or its .safetensors file."""
     task: Literal["auto", "retrieval", "zero-shot"] = "auto"
     """auto: what the checkpoint was fine-tuned for. Of one that was only pre-trained, by its image-text matching (M3AE)
     or its global alignment (MPMA), retrieval: find texts by images and images by texts; zero-shot: tell classes of

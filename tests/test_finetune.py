@@ -241,7 +241,6 @@ def test_other_labels_are_refused(folder, tmp_path, capsys):
         (["finetune", "segmentaton"], "is not one of vqa"),
         (["finetune", "vqa", "--preset", "vqa-rda"], "Did you mean 'vqa-rad'"),
         (["finetune", "vqa", "--init-from", "nowhere"], "nowhere: there is no such checkpoint file"),
-        (["evaluate"], "needs a checkpoint"),
         (["evaluate", "nowhere"], "nowhere: there is no such checkpoint file"),
     ],
 )

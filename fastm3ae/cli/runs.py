@@ -1,6 +1,5 @@
 """The commands that train and evaluate."""
 
-import argparse
 import shlex
 import sys
 import textwrap
@@ -98,22 +97,18 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from fastm3ae.config import EvaluateConfig
 
-    options = argparse.ArgumentParser(prog="fastm3ae evaluate", add_help=False, allow_abbrev=False)
-    options.add_argument("checkpoint", type=Path, nargs="?")
-    chosen, overrides = options.parse_known_args(arguments)
     config = tyro.cli(
         EvaluateConfig,
-        args=overrides,
-        prog="fastm3ae evaluate CHECKPOINT",
-        description="Evaluates a checkpoint (its folder or .safetensors file) on a split of its task's data, and "
-        "writes metrics.json, results.md, the predictions as CSV and JSON lines, and pictures.",
+        args=arguments,
+        prog="fastm3ae evaluate",
+        config=(tyro.conf.PositionalRequiredArgs,),
+        description="Evaluates a checkpoint on a split of its task's data, and writes metrics.json, results.md, the "
+        "predictions as CSV and JSON lines, and pictures.",
     )
-    if chosen.checkpoint is None:
-        raise UserError("fastm3ae evaluate needs a checkpoint: fastm3ae evaluate CHECKPOINT --split test.")
 
     from fastm3ae.training.evaluate import evaluate
 
-    _show_evaluation(evaluate(chosen.checkpoint, config), config.output)
+    _show_evaluation(evaluate(config), config.output)
 
 
 def official(arguments: Sequence[str]) -> int:
@@ -182,6 +177,7 @@ def _test(config: "FinetuneConfig") -> None:
     if config.init_from is None:
         raise UserError("test_only=True needs the checkpoint to test: load_path=CHECKPOINT.")
     asked = EvaluateConfig(
+        checkpoint=config.init_from,
         output=config.output,
         batch_size=32 if config.train.micro_batch == "auto" else config.train.micro_batch,
         precision=config.train.precision,
@@ -189,7 +185,7 @@ def _test(config: "FinetuneConfig") -> None:
         num_workers=config.train.num_workers,
         on_bad_sample=config.data.on_bad_sample,
     )
-    _show_evaluation(evaluate(Path(config.init_from), asked, config), config.output)
+    _show_evaluation(evaluate(asked, config), config.output)
 
 
 def _run(config: "RunConfig") -> None:

@@ -24,17 +24,17 @@ __all__ = ["evaluate"]
 
 
 @torch.inference_mode()
-def evaluate(checkpoint: Path, config: EvaluateConfig, run: FinetuneConfig | None = None) -> Evaluation:
+def evaluate(config: EvaluateConfig, run: FinetuneConfig | None = None) -> Evaluation:
     """Evaluates a checkpoint, and writes the results.
 
     Args:
-        checkpoint: A checkpoint of a fine-tuned model, its folder or file; or another one, with ``run``.
-        config: On what, and where to.
+        config: Which checkpoint, on what, and where to.
         run: The fine-tuning that made the checkpoint, where that does not say it: an official .ckpt.
 
     Raises:
         UserError: The checkpoint or the data cannot be read or do not fit each other.
     """
+    checkpoint = Path(config.checkpoint).expanduser()
     if run is not None:
         about = _about(checkpoint, run)
     else:

@@ -138,8 +138,8 @@ def _test(config: FinetuneConfig, device: torch.device, batch_size: int) -> Eval
     output = Path(config.output)
     tqdm.write(f"testing the weights that validated best: {output / 'test'}")
     return evaluate(
-        output / "checkpoints" / BEST,
         EvaluateConfig(
+            checkpoint=str(output / "checkpoints" / BEST),
             output=str(output / "test"),
             root=config.data.root,
             batch_size=batch_size,
