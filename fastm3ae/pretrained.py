@@ -46,6 +46,8 @@ WEIGHTS_FILE = "model.safetensors"
 # What an MPMA has only if an objective reads it, besides the heads.
 MPMA_OPTIONAL = {"image_proj", "text_proj", "fusion", "image_pooler", "text_pooler"}
 
+LABEL_HEADS = {"vqa_head", "classification_head", "image_classification_head"}
+
 
 class LoadReport(NamedTuple):
     """What a checkpoint did not cover.
@@ -201,18 +203,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns a file's tensors, if they are wanted, and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
@@ -282,7 +278,7 @@ def read_about(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
     file = _weights_file(path)
     if file.suffix != ".safetensors":
         return read_weights(file)[1], {}
-    metadata = _read_metadata(file)
+    _, metadata = _read_safetensors(file, with_tensors=False)
     return _config_of(metadata, file), json.loads(metadata.get("fastm3ae_about", "{}"))
 
 
@@ -308,7 +304,7 @@ def load_model(path: Path) -> Model:
     return model
 
 
-def init_model(model: Model, path: Path) -> LoadReport:
+def init_model(model: Model, path: Path, *, other_labels: bool = False) -> LoadReport:
     """Starts a model from a checkpoint. Heads may differ; position embeddings are resized; the rest must agree.
 
     MPMA may also find no fusion in the checkpoint, or no poolers, which it has for tasks alone. An image model takes
@@ -317,6 +313,7 @@ def init_model(model: Model, path: Path) -> LoadReport:
     Args:
         model: The model.
         path: One of our checkpoints (its folder or file), or an official .ckpt.
+        other_labels: Whether the checkpoint may have another number of labels; the head of these then starts anew.
 
     Raises:
         UserError: The checkpoint can't be read, or is of another architecture (what differs is said).
@@ -330,6 +327,10 @@ def init_model(model: Model, path: Path) -> LoadReport:
         ignored = [name for name in leftovers if not unused_by_original(name)]
     state = _resized(state, model)
     own = model.state_dict()
+    if other_labels:
+        unlike = {n.split(".")[0] for n in own.keys() & state.keys() if own[n].shape != state[n].shape} & LABEL_HEADS
+        ignored += [name for name in state if name.split(".")[0] in unlike]
+        state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in unlike}
     new = {name.split(".")[0] for name in own if name.startswith(HEADS) and name not in state}
     if model.config.kind == "mpma":
         new |= MPMA_OPTIONAL & ({name.split(".")[0] for name in own} - {name.split(".")[0] for name in state})

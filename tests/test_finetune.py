@@ -150,6 +150,21 @@ def test_the_pretrained_weights_are_the_start(folder):
     assert {name.split(".")[0] for name in after.keys() - shared} == {"vqa_head"}
 
 
+def test_a_model_of_other_labels_is_a_start(folder, tmp_path, capsys):
+    """All but its head, whose labels mean something else."""
+    write_vqa(tmp_path, [*ANSWERS, "both"])
+    start = folder / "vqa" / "checkpoints" / "best"
+    changes = {"optim": {"learning_rate": 1e-30}, "train": {"num_steps": 1}}
+    assert finetune(tmp_path, "vqa", "--init-from", str(start), **changes) == 0
+    said = capsys.readouterr().out
+    assert f"{start}: new: vqa_head\n" in said and f"{start}: ignored: vqa_head (6 tensors)\n" in said
+    before, after = (
+        load_file(path / "model.safetensors") for path in (start, tmp_path / "vqa" / "checkpoints" / "best")
+    )
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.startswith("vqa_head."))
+    assert after["vqa_head.3.weight"].shape[0] == 5
+
+
 def test_frozen_towers_keep_their_weights(folder):
     assert finetune(folder, "vqa", "--task.freeze-towers", output="frozen", train={"num_steps": 3}) == 0
     before = load_file(folder / "pretrained" / "checkpoints" / "best" / "model.safetensors")

@@ -226,7 +226,7 @@ def test_presets_and_their_files(name):
     assert config.masking.token_frac == 0.5 and config.model.image.patch_frac == 0.75
     back = from_dict(config, {"model": {"kind": "m3ae"}})
     assert back.model == PretrainConfig().model
-    with pytest.raises(UserError, match="model.kind must be one of 'm3ae', 'mpma', got 'mpmaa'. Did you mean 'mpma'"):
+    with pytest.raises(UserError, match="model.kind must be one of .*, got 'mpmaa'. Did you mean 'mpma'"):
         from_dict(config, {"model": {"kind": "mpmaa"}})
     with pytest.raises(UserError, match="Unknown configuration key model.mim"):
         from_dict(config, {"model": {"mim": {}}})

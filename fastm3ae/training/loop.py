@@ -222,8 +222,8 @@ class Trainer:
             return
         if "score" not in metrics:
             raise UserError(
-                f"{self.job.score}, which chooses the best checkpoint, is not defined for what can be used of the "
-                f"{self.val_loader.num_pairs} items of the validation split."
+                f"{self.job.score}, which chooses the best checkpoint, is not defined for the validation split, as "
+                f"far as its {self.val_loader.num_pairs} items can be used."
             )
         self.validation, self.validated_step = metrics, self.step
         self._count_skipped("val", "validation", self.val_loader)

@@ -160,7 +160,7 @@ def _start_weights(model: Model, config: RunConfig) -> list[str]:
     if config.init_from is None:
         load_tower_weights(model)
         return []
-    report = init_model(model, Path(config.init_from))
+    report = init_model(model, Path(config.init_from), other_labels=True)
     parts = Counter(name.split(".")[0] for name in report.ignored)
     found = {"new": report.new, "ignored": [f"{part} ({number} tensors)" for part, number in parts.items()]}
     return [f"{config.init_from}: {what}: {', '.join(names)}" for what, names in found.items() if names]
