@@ -268,6 +268,11 @@ def test_mistakes(arguments, message, capsys):
         assert message in refused(capsys, main(arguments))
 
 
+def test_options_of_other_tasks(folder, capsys):
+    status = main(["evaluate", str(folder / "vqa" / "checkpoints" / "best"), "--max-images", "3", "--device", "cpu"])
+    assert "max_images is for retrieval and zero-shot, not for vqa" in refused(capsys, status)
+
+
 def test_a_checkpoint_without_a_task(folder, capsys):
     status = main(["evaluate", str(folder / "pretrained" / "checkpoints" / "best")])
     assert "was not fine-tuned for a task" in refused(capsys, status)

@@ -1,321 +1,201 @@
-"""Retrieval over a data set: every image with every text, recall both ways, ties, bad images, blocks, preselection."""
+"""Retrieval and zero-shot classification, whole runs of tiny models through the command."""
 
-import dataclasses
-import itertools
-from math import comb
+import csv
+import json
 
-import mpma_models
 import numpy as np
 import pytest
-import torch
-from corpus import TOKENIZER, caption_rows, png, write_corpus
-from models import small_config
-from test_pair_scores import one_at_a_time
+import yaml
+from corpus import png
+from runs import MODEL, run, write_config, write_corpus
+from tasks_data import write_captions, write_vqa
+from test_finetune import metrics, refused
 
-from fastm3ae.data.arrow import write_pairs
-from fastm3ae.data.batch import PretrainBatch
-from fastm3ae.data.datasets import PairDataset
-from fastm3ae.data.images import make_transform, normalization, normalize
-from fastm3ae.data.text import encode
-from fastm3ae.errors import BadSample, UserError
-from fastm3ae.model import embed
-from fastm3ae.model.m3ae import M3AE
-from fastm3ae.model.mpma import MPMA
-from fastm3ae.tasks import retrieval
-from fastm3ae.tasks.pool import ReadyModel
-from fastm3ae.tasks.recall import hits
-from fastm3ae.tasks.retrieval import Preselection, Retrieval, retrieve
+from fastm3ae.cli import main
+from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, write_pairs
+from fastm3ae.tasks.retrieval import _image_rows, _ranks, _text_rows
+from fastm3ae.tasks.search import Retrieval
+from fastm3ae.tasks.zero_shot import _class_scores, _lack, read_prompts
 
-MAX_TOKENS = 12
-
-
-def make_ready(config, kind):
-    text = dataclasses.replace(config.text, vocab_size=len(TOKENIZER), pad_token_id=TOKENIZER.pad_token_id)
-    vision = dataclasses.replace(config.vision, image_size_px=32)
-    torch.manual_seed(0)
-    model = kind(dataclasses.replace(config, text=text, vision=vision, init_std=0.1))
-    return ReadyModel(model=model, tokenizer=TOKENIZER, transform="clip", max_text_tokens=MAX_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def m3ae():
-    return make_ready(small_config(text="bert", objectives=("retrieval",), dropout_frac=0.1), M3AE)
+MPMA = {
+    "kind": "mpma",
+    "vision": {**MODEL["vision"], "kind": "vit"},
+    "text": MODEL["text"],
+    "fusion": MODEL["fusion"],
+    "num_slots": 4,
+    "image": {"decoder_width": 32, "decoder_num_layers": 1, "decoder_num_heads": 2},
+    "alignment": {"head_width": 32, "width": 16},
+}
+TASK = {
+    "data": {"datasets": ["irtr_made"], "train_transform": "clip", "max_text_tokens": 24},
+    "model": {"vision": {"image_size_px": 32}},
+    "optim": {"learning_rate": 3e-3, "head_lr_multiplier": 1.0, "fusion_lr_multiplier": 1.0},
+    "task": {"num_false_texts": 5, "num_recall_images": 6},
+    "train": {"num_steps": 12, "num_epochs": None, "batch_size": 5, "num_workers": 0, "validate_every_steps": 6,
+              "validate_every_epochs": None, "tensorboard": False, "device": "cpu"},
+}  # fmt: skip
+PROMPTS = {"dark": ["brain", "head"], "light": {"positive": ["chest"], "negative": ["axial"]}}
 
 
 @pytest.fixture(scope="module")
-def mpma():
-    return make_ready(mpma_models.small_config(dropout_frac=0.1), MPMA)
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    """Six images, with 1, 2, 3, 1, 2 and 3 texts."""
-    return open_pairs(tmp_path / "some_val.arrow", 6)
-
-
-def open_pairs(file, num_images, bad=()):
-    write_pairs(file, caption_rows(num_images, bad=bad))
-    return PairDataset([file])
-
-
-def inputs(ready, dataset):
-    """Images and padded texts, each once, in the files' order."""
-    mean, std = normalization(ready.transform)
-    transform = make_transform(ready.transform, ready.model.config.image_size_px)
-    firsts = np.unique(dataset.row, return_index=True)[1]
-    image_BCHW = normalize(torch.stack([transform(dataset.image(pair)) for pair in firsts]), mean, std)
-    ids = [encode(TOKENIZER, dataset.text(pair), MAX_TOKENS).ids for pair in range(len(dataset))]
-    ids_BT = torch.full((len(ids), max(map(len, ids))), TOKENIZER.pad_token_id)
-    is_padding_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
-    for row, of_text in enumerate(ids):
-        ids_BT[row, : len(of_text)], is_padding_BT[row, : len(of_text)] = torch.tensor(of_text), False
-    return image_BCHW, ids_BT, is_padding_BT
-
-
-# Recall
-
-
-def test_hits_without_ties():
-    assert hits(np.array([0.1, 0.9, 0.5, 0.7]), np.array([0, 2]), (1, 2, 3, 10)) == [0, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("scores", "own"),
-    [
-        ([1, 1, 1, 1, 1], [3]),
-        ([1, 1, 1, 1, 1], [0, 4]),
-        ([2, 1, 1, 0, 1], [1]),
-        ([2, 1, 1, 1, 0], [2, 4]),
-        ([-np.inf, -np.inf, 3, -np.inf, 2], [0]),
-    ],
-)
-def test_equal_scores_are_put_in_order_by_lot(scores, own):
-    """The probability is counted over all orders of the candidates."""
-    orders = [sorted(order, key=lambda c: -scores[c]) for order in itertools.permutations(range(5))]
-    want = [np.mean([bool(set(order[:k]) & set(own)) for order in orders]) for k in range(1, 7)]
-    assert hits(np.array(scores, np.float32), np.array(own), range(1, 7)) == pytest.approx(want)
-
-
-def made(scores_IT, image_of_text_T):
-    return Retrieval(
-        scores_IT=np.array(scores_IT, np.float32),
-        image_of_text_T=np.array(image_of_text_T),
-        image_ids=[""] * len(scores_IT),
-        texts=[""] * len(image_of_text_T),
-        is_exact=True,
-        bad_samples=[],
-        ids_without_text=[],
+def folder(tmp_path_factory):
+    """Both models, pre-trained for two steps; captions; images with two classes."""
+    folder = tmp_path_factory.mktemp("retrieval")
+    write_corpus(folder)
+    write_captions(folder)
+    steps = {"num_steps": 2, "validate_every_steps": 2}
+    assert run(folder, output="m3ae", train=steps) == 0
+    config = yaml.safe_load(write_config(folder, data={"datasets": ["irtr_made"]}, train=steps).read_text())
+    (folder / "mpma.yaml").write_text(yaml.safe_dump({**config, "model": MPMA}))
+    towers = ["--model.vision.weights", "random", "--model.text.weights", "random"]
+    arguments = ["--config", str(folder / "mpma.yaml"), "--output", str(folder / "mpma"), *towers]
+    assert main(["pretrain", *arguments]) == 0
+    rows = (
+        {"image": png(20 + 200 * (i % 2)), "labels": [1 - i % 2, i % 2], "image_id": f"{i}.png", "split": "test"}
+        for i in range(8)
     )
+    facts = {"options": {}, "classes": {"labels": ["dark", "light"]}}
+    write_pairs(folder / "classes_test.arrow", rows, IMAGE_LABEL_COLUMNS, facts)
+    (folder / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS))
+    return folder
 
 
-def test_recall_by_hand():
-    # Image 0 has the texts 0 and 3, image 1 the text 1, image 2 the text 2.
-    found = made([[3, 9, 1, 8], [2, 1, 5, 6], [4, 0, 7, 5]], [0, 1, 2, 0])
-    assert found.image_hits[1].tolist() == [0, 0, 1] and found.image_hits[5].tolist() == [1, 1, 1]
-    assert found.text_hits[1].tolist() == [0, 0, 1, 1]
-    at_1 = {"image_to_text_recall_at_1": pytest.approx(1 / 3), "text_to_image_recall_at_1": 0.5}
-    further = {f"{way}_recall_at_{k}": 1 for way in ("image_to_text", "text_to_image") for k in (5, 10)}
-    assert found.recall() == at_1 | further
+def checkpoint(folder, name):
+    return str(folder / name / "checkpoints" / "best")
 
 
-def test_recall_is_the_originals():
-    """``compute_irtr_recall``: the images of the k best texts, and the k best images."""
-    rng = np.random.default_rng(0)
-    image_of_text = rng.permutation(np.concatenate([np.arange(20), rng.integers(0, 20, 30)]))
-    scores = torch.from_numpy(rng.normal(size=(20, 50)).astype(np.float32))
-    images, texts = torch.arange(20), torch.from_numpy(image_of_text)
-    scores[texts, torch.arange(50)] += 1
-    recall = made(scores.tolist(), image_of_text).recall()
-    for k in (1, 5, 10):
-        of_images = texts[scores.topk(k, dim=1).indices] == images[:, None]
-        of_texts = images[scores.topk(k, dim=0).indices] == texts[None]
-        assert recall[f"image_to_text_recall_at_{k}"] == pytest.approx(of_images.any(dim=1).double().mean().item())
-        assert recall[f"text_to_image_recall_at_{k}"] == pytest.approx(of_texts.any(dim=0).double().mean().item())
-    assert 0.1 < recall["image_to_text_recall_at_1"] < 0.9
+def evaluate(folder, name, *arguments, output="out"):
+    fixed = ["--root", str(folder), "--output", str(folder / output), "--device", "cpu", "--num-workers", "0"]
+    return main(["evaluate", checkpoint(folder, name), *fixed, *arguments])
 
 
-def test_a_constant_score_gives_chance():
-    recall = made(np.zeros((20, 40)), np.repeat(np.arange(20), 2)).recall()
-    for k in (1, 5, 10):
-        assert recall[f"image_to_text_recall_at_{k}"] == pytest.approx(1 - comb(38, k) / comb(40, k))
-        assert recall[f"text_to_image_recall_at_{k}"] == pytest.approx(k / 20)
+def content(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
-# M3AE
-
-
-def test_all_pairs_of_a_data_set(m3ae, dataset):
-    told = []
-    m3ae.model.train()
-    found = retrieve(m3ae, dataset, pairs_per_pass=5, progress=lambda *numbers: told.append(numbers))
-    assert m3ae.model.training  # left as it was
-    want = one_at_a_time(m3ae.model.eval(), *inputs(m3ae, dataset))
-    assert found.scores_IT.dtype == np.float32 and np.abs(found.scores_IT - want.numpy()).max() < 1e-5
-    assert want.std() > 0.02
-    assert found.image_of_text_T.tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5]
-    assert found.image_ids == [f"img/{i}.png" for i in range(6)]
-    assert found.texts == [dataset.text(pair) for pair in range(12)]
-    assert found.is_exact and not found.bad_samples and not found.ids_without_text
-    assert told[0] == (5, 72) and told[-1] == (72, 72)
-    assert set(found.image_hits) == {1, 5, 10} and found.image_hits[1].shape == (6,)
-    assert found.text_hits[5].shape == (12,)
-
-
-def test_blocks_change_nothing(m3ae, dataset, monkeypatch):
-    """Images are encoded once, texts once, or with little memory once for each block of images."""
-    encoded = {"encode_images": [], "encode_texts": []}
-    for name, calls in encoded.items():
-        real = getattr(retrieval.PairScorer, name)
-
-        def encode_and_note(self, first, *more, calls=calls, real=real):
-            calls.append(len(first))
-            return real(self, first, *more)
-
-        monkeypatch.setattr(retrieval.PairScorer, name, encode_and_note)
-    whole = retrieve(m3ae, dataset)
-    assert encoded == {"encode_images": [6], "encode_texts": [12]}
-    monkeypatch.setattr(retrieval.PairScorer, "bytes_per_token", 2**20 // (2 * 24))  # 24 tokens of each side
-    blocks = retrieve(m3ae, dataset, cache_mib=1)
-    assert np.abs(blocks.scores_IT - whole.scores_IT).max() < 1e-6
-    assert encoded["encode_images"][1:] == [4, 2] and sum(encoded["encode_texts"][1:]) == 2 * 12
-    assert len(encoded["encode_texts"]) > 5
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "most", "want"),
-    [([3, 3, 3], 6, [2, 1]), ([3, 3, 3], 2, [1, 1, 1]), ([1, 9, 1, 1], 4, [1, 1, 2]), ([2, 2], 4, [2])],
-)
-def test_blocks_hold_what_fits(num_tokens, most, want):
-    blocks = retrieval._blocks(np.array(num_tokens), most)
-    assert list(map(len, blocks)) == want
-    assert [number for block in blocks for number in block] == list(range(len(num_tokens)))
-
-
-def test_only_the_first_images(m3ae, dataset):
-    whole, found = retrieve(m3ae, dataset), retrieve(m3ae, dataset, max_images=3)
-    assert found.scores_IT.shape == (3, 6) and found.image_of_text_T.tolist() == [0, 1, 1, 2, 2, 2]
-    assert np.abs(found.scores_IT - whole.scores_IT[:3, :6]).max() < 1e-6
-
-
-def test_several_files_and_an_image_without_text(m3ae, tmp_path):
-    files = write_corpus(tmp_path)
-    write_pairs(tmp_path / "bare.arrow", [{"image": png(9), "caption": [], "image_id": "bare", "split": "train"}])
-    found = retrieve(m3ae, PairDataset([files[1], tmp_path / "bare.arrow", files[0]]))
-    assert found.scores_IT.shape == (17, 33) and found.ids_without_text == ["bare"]
-    assert found.image_ids[4:6] == ["img/104.png", "img/0.png"]
-
-
-def test_bad_images_stop_or_are_named(m3ae, tmp_path, monkeypatch):
-    dataset = open_pairs(tmp_path / "some_val.arrow", 6, bad=(1, 4))
-    with pytest.raises(BadSample, match=r"row 1 \(image_id 'img/1.png'\)"):
-        retrieve(m3ae, dataset)
-    whole = retrieve(m3ae, open_pairs(tmp_path / "good_val.arrow", 6))
-    is_good_T = np.isin(whole.image_of_text_T, [0, 2, 3, 5])
-    for bytes_per_token in (1, 2**30):  # in one block with the good ones, and in a block of its own
-        told = []
-        monkeypatch.setattr(retrieval.PairScorer, "bytes_per_token", bytes_per_token)
-        found = retrieve(m3ae, dataset, on_bad_sample="skip", progress=lambda *numbers, told=told: told.append(numbers))
-        assert [bad.image_id for bad in found.bad_samples] == ["img/1.png", "img/4.png"]
-        assert found.image_ids == ["img/0.png", "img/2.png", "img/3.png", "img/5.png"]
-        assert found.image_of_text_T.tolist() == [0, 1, 1, 1, 2, 3, 3, 3] and len(found.texts) == 8
-        assert np.abs(found.scores_IT - whole.scores_IT[[0, 2, 3, 5]][:, is_good_T]).max() < 1e-6
-        assert told[-1] == (72, 72)
+def test_a_model_is_fine_tuned_and_tested(folder):
+    config = {**TASK, "data": {**TASK["data"], "root": str(folder)}}
+    (folder / "task.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(folder / "task.yaml"), "--init-from", checkpoint(folder, "m3ae")]
+    assert main(["finetune", "retrieval", *arguments, "--output", str(folder / "tuned")]) == 0
+    lines = [json.loads(line) for line in (folder / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    (last,) = [line for line in lines if line["split"] == "val" and line["step"] == 12]
+    assert last["recall_candidates"] == 6 and last["score"] == last["recall_at_1"]
+    at_1 = last["image_to_text_recall_at_1"] + last["text_to_image_recall_at_1"]
+    assert last["recall_at_1"] == pytest.approx(at_1 / 2) and 0 <= last["accuracy"] <= 1
+    found = content(folder / "tuned" / "test")
+    assert found["notes"] == ["10 images and 15 texts were searched."]
+    assert found["metrics"].keys() == {
+        f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+    }
+    assert found["metrics"]["image_to_text_recall_at_10"]["num_items"] == 10
+    rows = list(csv.DictReader((folder / "tuned" / "test" / "predictions.csv").open(newline="")))
+    assert [row["query"] for row in rows] == ["image"] * 10 + ["text"] * 15
+    hits = np.mean([int(row["rank"]) <= 5 for row in rows[:10]])
+    assert found["metrics"]["image_to_text_recall_at_5"]["value"] == pytest.approx(hits)
+    assert evaluate(folder, "tuned") == 0 and metrics(folder / "out") == found["metrics"]
 
 
 @pytest.mark.parametrize("name", ["m3ae", "mpma"])
-def test_without_a_good_image_nothing_is_found(name, tmp_path, request):
-    dataset = open_pairs(tmp_path / "none_val.arrow", 3, bad=(0, 1, 2))
-    with pytest.raises(UserError, match=r"None of the 3 images can be used; the first: .*none_val.arrow, row 0"):
-        retrieve(request.getfixturevalue(name), dataset, on_bad_sample="skip")
+def test_without_fine_tuning(folder, name):
+    """By image-text matching, or by alignment."""
+    dataset = ["--datasets", "irtr_made"]
+    assert evaluate(folder, name, "--task", "retrieval", *dataset, output=f"{name}-out") == 0
+    found = content(folder / f"{name}-out")
+    assert found["metrics"]["text_to_image_recall_at_10"]["value"] == 1.0  # of ten images
+    assert found["metrics"]["text_to_image_recall_at_1"]["num_groups"] == 10
+    assert evaluate(folder, name, "--task", "retrieval", *dataset, "--max-images", "4", output="few") == 0
+    few = content(folder / "few")
+    assert few["notes"][0].startswith("4 images and 6 texts") and few["about"]["options"] == {"max_images": 4}
 
 
-def test_a_score_that_is_no_number_is_refused(m3ae, mpma, dataset):
-    message = r"The score of the image 'img/0.png' with the text '.*' must be a finite number, got nan"
-    for ready, bias in ((m3ae, m3ae.model.retrieval_head.bias), (mpma, mpma.model.global_head.image[2].bias)):
-        kept = bias.data.clone()
-        bias.data.fill_(torch.nan)
-        with pytest.raises(UserError, match=message):
-            retrieve(ready, dataset)
-        bias.data.copy_(kept)
+def test_preselection_is_said_to_be_inexact(folder):
+    arguments = ["--task", "retrieval", "--datasets", "irtr_made"]
+    chosen = ["--preselect-with", checkpoint(folder, "mpma"), "--num-preselected", "2"]
+    assert evaluate(folder, "m3ae", *arguments, *chosen, output="some") == 0
+    assert any(note.startswith("Not exact") for note in content(folder / "some")["notes"])
+    assert evaluate(folder, "m3ae", *arguments, output="all") == 0
+    everything = ["--preselect-with", checkpoint(folder, "mpma"), "--num-preselected", "99"]
+    assert evaluate(folder, "m3ae", *arguments, *everything, output="whole") == 0
+    assert metrics(folder / "whole") == metrics(folder / "all")
 
 
-# MPMA
+@pytest.mark.parametrize("name", ["m3ae", "mpma"])
+def test_classes_by_prompts(folder, name):
+    arguments = ["--task", "zero-shot", "--datasets", "classes", "--prompts", str(folder / "prompts.yaml")]
+    assert evaluate(folder, name, *arguments, output=f"{name}-zero") == 0
+    found = content(folder / f"{name}-zero")
+    assert found["metrics"].keys() == {"mean_auroc", "auroc_dark", "auroc_light", "accuracy", "macro_f1"}
+    assert found["about"]["task"] == "zero-shot" and found["about"]["labels"] == ["dark", "light"]
+    assert "by 4 prompts" in found["notes"][0]
+    # Images of one grey are equal, so that they are told apart perfectly or not at all.
+    assert found["metrics"]["auroc_dark"]["value"] in (0.0, 0.5, 1.0)
+    rows = list(csv.DictReader((folder / f"{name}-zero" / "predictions.csv").open(newline="")))
+    assert len(rows) == 8 and rows[0]["score_dark"] == rows[2]["score_dark"] != rows[1]["score_dark"]
 
 
-@torch.no_grad()
-def embed_pairs(model, image_BCHW, ids_BT, is_padding_BT):
-    num = len(ids_BT)
-    batch = PretrainBatch(
-        image_BCHW=image_BCHW,
-        text_ids_BT=ids_BT,
-        is_padding_BT=is_padding_BT,
-        texts=[""] * num,
-        item_ids=[""] * num,
-        bad_samples=[],
-        mlm_ids_BT=ids_BT,
-        mlm_labels_BT=torch.full_like(ids_BT, -100),
-        itm_labels_B=torch.ones(num, dtype=torch.int64),
-        false_image_FCHW=image_BCHW[:0],
-        patch_noise_BN=torch.rand(num, model.config.num_noise_patches),
-    )
-    return model.embed(batch)
+def test_scores_of_classes():
+    """Means over the positive prompts, less those over the negative ones."""
+    scores_IT = np.array([[1.0, 3.0, 5.0, 1.0], [0.0, 2.0, 4.0, 8.0]])
+    groups = [(["a", "b"], []), (["c"], ["d"])]
+    assert _class_scores(scores_IT, groups).tolist() == [[2.0, 4.0], [1.0, -4.0]]
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("scale", [1, 2])
-def test_one_side_is_embedded_as_pairs_are(pool, scale):
-    model = mpma_models.small_model(alignment={"pool": pool}, image={"target_scale": scale}).eval()
-    batch = mpma_models.small_batch(model.config)
-    with torch.no_grad():
-        want = model.embed(batch)
-        images = embed.embed_images(model, batch.image_BCHW)
-        reports = embed.embed_reports(model, batch.text_ids_BT, batch.is_padding_BT)
-    assert (images - want.image_BE).abs().max() < 1e-12 and (reports - want.report_BE).abs().max() < 1e-12
+def test_what_an_image_lacks():
+    """How far its best class stands below the best that it has not; nothing if it is the best, or if it has none."""
+    scores_IC = np.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    labels_IC = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 0]])
+    assert _lack(scores_IC, labels_IC).tolist() == [1.0, 0.0, 0.0, 2.0]
 
 
-def test_mpma_compares_features(mpma, dataset, monkeypatch):
-    monkeypatch.setattr(retrieval, "EMBEDDED_AT_A_TIME", 5)
-    found = retrieve(mpma, dataset)
-    image_BCHW, ids_BT, is_padding_BT = inputs(mpma, dataset)
-    of_pairs = embed_pairs(mpma.model.eval(), image_BCHW[found.image_of_text_T], ids_BT, is_padding_BT)
-    firsts = np.unique(found.image_of_text_T, return_index=True)[1]
-    want = of_pairs.image_BE[firsts] @ of_pairs.report_BE.T
-    assert np.abs(found.scores_IT - want.numpy()).max() < 1e-5 and found.is_exact
+def test_ranks_by_hand():
+    """Behind equals, but not behind other own ones."""
+    scores = np.array([[3.0, 1.0, 2.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 2.0]])
+    assert _ranks(scores, [np.array([1, 2]), np.array([0]), np.array([0, 1, 2]), np.array([0, 1])]) == [2, 2, 1, 2]
+    found = Retrieval(
+        scores_IT=np.array([[1.0, 3.0, 2.0], [4.0, 2.0, 5.0]]), image_of_text_T=np.array([0, 0, 1]),
+        image_ids=["a", "b"], texts=["x", "y", "z"], is_exact=True, bad_samples=[], ids_without_text=[],
+    )  # fmt: skip
+    assert [(row["expected"], row["predicted"], row["rank"]) for row in _image_rows(found)] == [
+        ("y", "y", 1), ("z", "z", 1)
+    ]  # fmt: skip
+    assert [(row["expected"], row["predicted"], row["rank"]) for row in _text_rows(found)] == [
+        ("a", "b", 2), ("a", "a", 1), ("b", "b", 1)
+    ]  # fmt: skip
 
 
-def test_preselected_pairs_alone_are_scored(m3ae, mpma, dataset):
-    exact, aligned = retrieve(m3ae, dataset), retrieve(mpma, dataset).scores_IT
-    told, preselection = [], Preselection(ready=mpma, num_preselected=2)
-    found = retrieve(m3ae, dataset, preselection=preselection, progress=lambda *numbers: told.append(numbers))
-    is_selected_IT = np.zeros(aligned.shape, dtype=bool)
-    for image in range(6):
-        is_selected_IT[image, np.argsort(-aligned[image])[:2]] = True
-    for text in range(12):
-        is_selected_IT[np.argsort(-aligned[:, text])[:2], text] = True
-    assert np.array_equal(np.isfinite(found.scores_IT), is_selected_IT) and 24 <= is_selected_IT.sum() < 40
-    assert np.abs(found.scores_IT - exact.scores_IT)[is_selected_IT].max() < 1e-6
-    assert (found.scores_IT[~is_selected_IT] == -np.inf).all()
-    assert not found.is_exact and told[-1] == (is_selected_IT.sum(),) * 2
-    everything = retrieve(m3ae, dataset, preselection=Preselection(ready=mpma, num_preselected=99))
-    assert np.abs(everything.scores_IT - exact.scores_IT).max() < 1e-6 and not everything.is_exact
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no classes; expected for each class a list"),
+        ("a: []", "for the class 'a'"),
+        ("a: word", "has 'word' for the class 'a'"),
+        ("a: {positive: [x], neutral: [y]}", "for the class 'a'"),
+        ("a: [x", "is not YAML"),
+    ],
+)
+def test_bad_prompts(tmp_path, text, message):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(Exception, match=message) as error:
+        read_prompts(tmp_path / "p.yaml")
+    assert type(error.value).__name__ == "UserError"
 
 
-def test_preselection_leaves_bad_images_out(m3ae, mpma, tmp_path):
-    dataset = open_pairs(tmp_path / "some_val.arrow", 6, bad=(2,))
-    preselection = Preselection(ready=mpma, num_preselected=3)
-    found = retrieve(m3ae, dataset, on_bad_sample="skip", preselection=preselection)
-    assert [bad.image_id for bad in found.bad_samples] == ["img/2.png"] and found.scores_IT.shape == (5, 9)
-    is_scored_IT = np.isfinite(found.scores_IT)
-    assert (is_scored_IT.sum(axis=1) >= 3).all() and (is_scored_IT.sum(axis=0) >= 3).all()
-
-
-def test_refusals(m3ae, mpma, dataset):
-    without = dataclasses.replace(mpma, model=mpma_models.small_model(objectives=("image_reconstruction",)))
-    with pytest.raises(UserError, match='model.objectives must have "global_alignment"'):
-        retrieve(without, dataset)
-    with pytest.raises(UserError, match='model.objectives must have "global_alignment"'):
-        retrieve(m3ae, dataset, preselection=Preselection(ready=m3ae, num_preselected=2))
-    with pytest.raises(UserError, match="A preselection is for a model with a fusion"):
-        retrieve(mpma, dataset, preselection=Preselection(ready=mpma, num_preselected=2))
-    with pytest.raises(UserError, match="num_preselected must be at least 1, got 0"):
-        Preselection(ready=mpma, num_preselected=0)
+def test_mistakes(folder, capsys):
+    zero_shot = ["--task", "zero-shot", "--datasets", "classes"]
+    assert "prompts must name a file" in refused(capsys, evaluate(folder, "m3ae", *zero_shot))
+    (folder / "few.yaml").write_text("dark: [brain]\nlihgt: [chest]\n")
+    status = evaluate(folder, "m3ae", *zero_shot, "--prompts", str(folder / "few.yaml"))
+    assert "no prompts for the class 'light', but for dark, lihgt. Did you mean 'lihgt'" in refused(capsys, status)
+    status = evaluate(folder, "m3ae", "--task", "retrieval", "--preselect-with", checkpoint(folder, "m3ae"),
+                      "--datasets", "irtr_made")  # fmt: skip
+    assert "preselect_with must be an MPMA's checkpoint" in refused(capsys, status)
+    rows = [{"image": b"x", "labels": [1, 0], "image_id": "0.png", "split": "test"}]
+    write_pairs(folder / "bad_test.arrow", rows, IMAGE_LABEL_COLUMNS, {"classes": {"labels": ["dark", "light"]}})
+    bad = ["--task", "zero-shot", "--datasets", "bad", "--prompts", str(folder / "prompts.yaml"), "--on-bad-sample"]
+    for name in ("m3ae", "mpma"):
+        assert "None of the 1 images can be used" in refused(capsys, evaluate(folder, name, *bad, "skip"))
+    write_vqa(folder)
+    arguments = ["--data.root", str(folder), "--data.datasets", "irtr_made", "--output", str(folder / "no")]
+    status = main(["finetune", "retrieval", "--init-from", checkpoint(folder, "mpma"), *arguments])
+    assert "evaluate" in refused(capsys, status)

@@ -6,7 +6,7 @@ from typing import Any
 from fastm3ae.config import FinetuneConfig
 from fastm3ae.tasks.classification import ClassificationTask
 from fastm3ae.tasks.image_classification import ImageClassificationTask
-from fastm3ae.tasks.retrieval_task import RetrievalTask
+from fastm3ae.tasks.retrieval import RetrievalTask
 from fastm3ae.tasks.segmentation import SegmentationTask
 from fastm3ae.tasks.task import Task
 from fastm3ae.tasks.vqa import VqaTask

@@ -1,335 +1,223 @@
-"""Retrieval: every image with every text, and how often the right one is among the best.
+"""Finding texts by images and images by texts."""
 
-M3AE scores pairs by its fusion and retrieval head (``fastm3ae.model.pair_scores``), MPMA by the products of its
-alignment's features.
-
-Source: ``compute_irtr_recall`` in the original's modules/objectives.py, which runs the whole model for every pair.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.data.collate import pad
+from fastm3ae.config import EvaluateConfig, FinetuneConfig, ModelConfig
+from fastm3ae.data.batch import RetrievalBatch
+from fastm3ae.data.collate import RetrievalBatches
 from fastm3ae.data.datasets import PairDataset
-from fastm3ae.errors import BadSample, UserError
+from fastm3ae.data.loader import transform_of
+from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.model.embed import embed_images, embed_reports
-from fastm3ae.model.mpma import MPMA
-from fastm3ae.model.pair_scores import PairScorer
-from fastm3ae.tasks.pool import PairPool, Pool, ReadyModel
-from fastm3ae.tasks.recall import RECALL_AT, hits
+from fastm3ae.pretrained import read_tokenizer
+from fastm3ae.tasks.checkpoint import load_finetuned, read_pretrained
+from fastm3ae.tasks.evaluation import Evaluation
+from fastm3ae.tasks.metrics import Interval, bootstrap, recall_metrics
+from fastm3ae.tasks.pool import ReadyModel
+from fastm3ae.tasks.search import Preselection, Retrieval, retrieve
+from fastm3ae.tasks.task import NUM_HARDEST, Item, Loaded, Progress, Task, left_out
 
-__all__ = ["Preselection", "ReadyModel", "Retrieval", "retrieve", "score_pool"]
-
-Autocast = Callable[[], AbstractContextManager]
-Progress = Callable[[int, int], None]
-"""Is told how many pairs are scored, and how many will be."""
-
-EMBEDDED_AT_A_TIME = 32
+__all__ = ["RetrievalTask", "ready_model"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preselection:
-    """Only the best by alignment are scored by the fusion, so that recall is not exact: a right one may be missed.
+class RetrievalTask(Task):
+    """Image-text retrieval: an image's own text is told from drawn ones in training, from all others in testing.
 
-    Args:
-        ready: An MPMA.
-        num_preselected: So many texts of each image, and so many images of each text.
+    Source: M3AE, section 3.2; ``compute_irtr`` and ``compute_irtr_recall`` in the original's modules/objectives.py.
+    Deviation: Recall at validation is that of the first ``task.num_recall_images`` images; the original takes 2,000.
+        Its best checkpoint has the largest sum of the recalls at 1, ours the largest mean.
     """
 
-    ready: ReadyModel
-    num_preselected: int
+    objective, score, item_name = "retrieval", "recall_at_1", "pair"
 
-    def __post_init__(self) -> None:
-        if self.num_preselected < 1:
-            raise UserError(f"num_preselected must be at least 1, got {self.num_preselected}.")
+    def with_head(self, model: ModelConfig) -> ModelConfig:
+        """Returns the model's configuration with the retrieval head alone; of MPMA with its global alignment."""
+        if model.kind == "mpma":
+            if "global_alignment" not in model.objectives:
+                raise UserError("This MPMA was pre-trained without global_alignment, by which it retrieves.")
+            return dataclasses.replace(model, objectives=("global_alignment",))
+        return dataclasses.replace(model, objectives=("retrieval",))
 
+    def items(self, output: Tensor, batch: RetrievalBatch) -> list[Item]:
+        """Returns an item for each image of a batch: whether its own text has the best score, alone or with others."""
+        is_hit_B = (output[:, 0] == output.amax(dim=-1)).tolist()
+        found = zip(batch.pairs, batch.item_ids, is_hit_B, strict=True)
+        return [{"pair": pair, "image_id": image_id, "is_hit": is_hit} for pair, image_id, is_hit in found]
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Retrieval:
-    """The scores of all images with all texts.
+    def metrics(self, items: Sequence[Item], **resampling: Any) -> dict[str, Interval]:
+        """Returns how often the own text is chosen among the drawn ones."""
+        is_hit = np.array([item["is_hit"] for item in items], dtype=np.float64)
+        groups = [item["image_id"] for item in items]
+        return {"accuracy": bootstrap(lambda index: float(is_hit[index].mean()), groups, **resampling)}
 
-    Args:
-        scores_IT: (I, T) float32; minus infinity where a pair was not preselected, so that it ranks below all others.
-        image_of_text_T: (T,) int64, which image each text belongs to.
-        image_ids: The I image ids.
-        texts: The T texts as they stand in the file.
-        is_exact: Whether the model scored every pair; False with a preselection.
-        bad_samples: Images that could not be used; neither they nor their texts are among the above.
-        ids_without_text: Images of the data set that have no text and therefore no part in this.
-    """
-
-    scores_IT: np.ndarray
-    image_of_text_T: np.ndarray
-    image_ids: list[str]
-    texts: list[str]
-    is_exact: bool
-    bad_samples: list[BadSample]
-    ids_without_text: list[str]
-
-    @cached_property
-    def image_hits(self) -> dict[int, np.ndarray]:
-        """For each k of ``RECALL_AT`` whether each image has one of its texts among its k best: (I,) float64.
-
-        Between 0 and 1 where scores are equal: the probability, if these are put in order by lot.
-        """
-        own = np.split(
-            np.argsort(self.image_of_text_T, kind="stable"),
-            np.cumsum(np.bincount(self.image_of_text_T, minlength=len(self.image_ids)))[:-1],
+    def validation(
+        self, config: FinetuneConfig, model: Model, autocast: Callable[[], AbstractContextManager]
+    ) -> dict[str, float]:
+        """Returns the recalls among the first images of the validation split, and the mean of those at 1."""
+        found = retrieve(
+            ready_model(Loaded(config, self._tokenizer, model)),
+            self.dataset("val"),
+            autocast=autocast,
+            max_images=config.task.num_recall_images,
+            on_bad_sample=config.data.on_bad_sample,
         )
-        return _columns([hits(scores_T, own_texts) for scores_T, own_texts in zip(self.scores_IT, own, strict=True)])
+        recall = found.recall()
+        at_1 = [recall["image_to_text_recall_at_1"], recall["text_to_image_recall_at_1"]]
+        return {**recall, "recall_candidates": len(found.image_ids), "recall_at_1": sum(at_1) / 2}
+
+    def evaluate(self, loaded: Loaded, asked: EvaluateConfig, progress: Progress) -> tuple[Evaluation, PairDataset]:
+        """Returns the recalls of a split, both ways, among all of its images and texts."""
+        dataset = self.dataset(asked.split)
+        preselection = None
+        if asked.preselect_with is not None:
+            mpma = _load_mpma(Path(asked.preselect_with), loaded.device)
+            preselection = Preselection(ready=ready_model(mpma), num_preselected=asked.num_preselected)
+        found = retrieve(
+            ready_model(loaded),
+            dataset,
+            autocast=loaded.autocast,
+            max_images=asked.max_images,
+            on_bad_sample=asked.on_bad_sample,
+            preselection=preselection,
+            progress=progress,
+        )
+        return self._evaluation(found, dataset, self.squares(loaded.config, dataset), asked.num_resamples), dataset
+
+    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
+        """Returns how often the own text is chosen among the drawn ones."""
+        return Evaluation(metrics=self.metrics(items, **resampling), predictions=[])
+
+    def _evaluation(
+        self, found: Retrieval, dataset: PairDataset, square: Callable[[int], Tensor], num_resamples: int
+    ) -> Evaluation:
+        groups = [found.image_ids[image] for image in found.image_of_text_T]
+        metrics = recall_metrics(
+            found.image_hits, found.text_hits, found.image_ids, groups, num_resamples=num_resamples
+        )
+        rows = [*_image_rows(found), *_text_rows(found)]
+        pair_of_id = {dataset.image_id(pair): pair for pair in range(len(dataset) - 1, -1, -1)}
+        of_images = sorted(rows[: len(found.image_ids)], key=lambda row: -row["rank"])
+        hardest = [
+            (
+                square(pair_of_id[row["image_id"]]),
+                [*(f"{key}: {row[key]}" for key in ("expected", "predicted", "rank"))],
+            )
+            for row in of_images[:NUM_HARDEST]
+            if row["rank"] > 1
+        ]
+        notes = [f"{len(found.image_ids)} images and {len(found.texts)} texts were searched."]
+        if not found.is_exact:
+            notes.append("Not exact: only pairs that another model preselected were scored by the fusion.")
+        if found.ids_without_text:
+            number, first = len(found.ids_without_text), found.ids_without_text[0]
+            notes.append(f"{number} images without a text have no part in this; the first: {first}.")
+        return Evaluation(
+            metrics=metrics, predictions=rows, hardest=hardest, notes=[*notes, *left_out(found.bad_samples)]
+        )
 
     @cached_property
-    def text_hits(self) -> dict[int, np.ndarray]:
-        """The same for each text and its image: (T,) float64."""
-        own = self.image_of_text_T[:, None]
-        return _columns([hits(scores_I, own_image) for scores_I, own_image in zip(self.scores_IT.T, own, strict=True)])
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        return read_tokenizer(self.config)
 
-    def recall(self) -> dict[str, float]:
-        """Returns the means of the hits."""
-        directions = {"image_to_text": self.image_hits, "text_to_image": self.text_hits}
-        return {
-            f"{name}_recall_at_{k}": float(hits_of_k.mean())
-            for name, of in directions.items()
-            for k, hits_of_k in of.items()
+    def _open(self, files: Sequence[Path]) -> PairDataset:
+        return PairDataset(files, alpha=self.config.data.alpha)
+
+    def _batches(
+        self, config: FinetuneConfig, dataset: PairDataset, tokenizer: PreTrainedTokenizerFast, is_training: bool
+    ) -> RetrievalBatches:
+        return RetrievalBatches(
+            dataset,
+            tokenizer,
+            transform_of(config, is_training),
+            max_text_tokens=config.data.max_text_tokens,
+            num_false_texts=config.task.num_false_texts,
+            seed=config.seed,
+        )
+
+    def _longest(self, fields: Mapping[str, Any]) -> RetrievalBatch:
+        ids_BT, is_padding_BT, number = fields["text_ids_BT"], fields["is_padding_BT"], self.config.task.num_false_texts
+        return RetrievalBatch(
+            **fields,
+            false_text_ids_BRT=ids_BT[:, None].expand(-1, number, -1),
+            is_false_text_padding_BRT=is_padding_BT[:, None].expand(-1, number, -1),
+            false_texts=[[""] * number] * len(ids_BT),
+        )
+
+
+def ready_model(loaded: Loaded) -> ReadyModel:
+    """Returns a model as the search wants it."""
+    data = loaded.config.data
+    return ReadyModel(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        transform=data.val_transform,
+        max_text_tokens=data.max_text_tokens,
+    )
+
+
+def _load_mpma(path: Path, device: torch.device) -> Loaded:
+    """Returns the model that preselects."""
+    config, _ = read_pretrained(path)
+    if config.model.kind != "mpma":
+        raise UserError(
+            f"preselect_with must be an MPMA's checkpoint, but {path} is one of {config.model.kind.upper()}."
+        )
+    return load_finetuned(path, config, RetrievalTask(config), device)
+
+
+def _ranks(scores: np.ndarray, own: Sequence[np.ndarray]) -> list[int]:
+    """Returns the place of the best own candidate of each row, 1 being the first; behind its equals."""
+    ranks = []
+    for row, candidates in zip(scores, own, strict=True):
+        best = row[candidates].max()
+        ranks.append(1 + int((row >= best).sum()) - int((row[candidates] == best).sum()))
+    return ranks
+
+
+def _image_rows(found: Retrieval) -> list[dict[str, Any]]:
+    """Returns for each image its best own text, the text with the best score, and its own one's rank."""
+    own = [np.flatnonzero(found.image_of_text_T == image) for image in range(len(found.image_ids))]
+    rows = []
+    for image, rank in enumerate(_ranks(found.scores_IT, own)):
+        scores_T = found.scores_IT[image]
+        best_own = own[image][scores_T[own[image]].argmax()]
+        rows.append(
+            {
+                "query": "image",
+                "image_id": found.image_ids[image],
+                "text": None,
+                "expected": found.texts[best_own],
+                "predicted": found.texts[scores_T.argmax()],
+                "rank": rank,
+            }
+        )
+    return rows
+
+
+def _text_rows(found: Retrieval) -> list[dict[str, Any]]:
+    """Returns for each text its image, the image with the best score, and its own one's rank."""
+    scores_TI = found.scores_IT.T
+    own = list(found.image_of_text_T[:, None])
+    return [
+        {
+            "query": "text",
+            "image_id": found.image_ids[image],
+            "text": text,
+            "expected": found.image_ids[image],
+            "predicted": found.image_ids[scores_I.argmax()],
+            "rank": rank,
         }
-
-
-def _columns(rows: list[list[float]]) -> dict[int, np.ndarray]:
-    return dict(zip(RECALL_AT, np.array(rows).T, strict=True))
-
-
-def retrieve(
-    ready: ReadyModel,
-    dataset: PairDataset,
-    *,
-    autocast: Autocast = nullcontext,
-    max_images: int | None = None,
-    on_bad_sample: Literal["stop", "skip"] = "stop",
-    preselection: Preselection | None = None,
-    cache_mib: int = 2048,
-    pairs_per_pass: int | None = None,
-    progress: Progress = lambda num_scored, num_pairs: None,
-) -> Retrieval:
-    """Scores all images that have a text with all their texts.
-
-    Args:
-        ready: The model. Its mode (training or evaluation) is left as it was.
-        dataset: The pairs; an image may have several texts.
-        autocast: Gives the context in which models compute.
-        max_images: Only the first so many images with their texts; None: all, as the original.
-        on_bad_sample: stop: raise the first image that cannot be used. skip: leave it and its texts out, and name it.
-        preselection: Score only the pairs that another model prefers, which is not exact; None: all of them.
-        cache_mib: Memory for what the fusion reads, about half of it for images and half for texts. Images are encoded
-            once. Texts are encoded once if all fit, else once for each block of images that fits.
-        pairs_per_pass: As of ``PairScorer``.
-        progress: Is told after each pass of a fusion.
-
-    Raises:
-        UserError: A model lacks the head that is needed, no image can be used, or a score is no number.
-        BadSample: An image cannot be used, and ``on_bad_sample`` is "stop".
-    """
-    pool = PairPool(dataset, max_images, on_bad_sample)
-    scores_IT = score_pool(
-        ready,
-        pool,
-        autocast=autocast,
-        preselection=preselection,
-        cache_mib=cache_mib,
-        pairs_per_pass=pairs_per_pass,
-        progress=progress,
-    )
-    return _result(pool, scores_IT, is_exact=preselection is None)
-
-
-def score_pool(
-    ready: ReadyModel,
-    pool: Pool,
-    *,
-    autocast: Autocast = nullcontext,
-    preselection: Preselection | None = None,
-    cache_mib: int = 2048,
-    pairs_per_pass: int | None = None,
-    progress: Progress = lambda num_scored, num_pairs: None,
-) -> np.ndarray:
-    """Returns the scores of a pool's images with its texts, (I, T) float32, as of ``retrieve``.
-
-    The row of an image that cannot be used, which the pool then knows, means nothing.
-
-    Raises:
-        UserError: As ``retrieve``.
-    """
-    is_fused = ready.model.config.kind == "m3ae"
-    if preselection is not None and not is_fused:
-        raise UserError("A preselection is for a model with a fusion; the scores of an MPMA are alignment's already.")
-    with torch.inference_mode(), _evaluating(ready.model):
-        if is_fused:
-            scorer = PairScorer(ready.model, autocast, pairs_per_pass)
-            selected = None if preselection is None else _select(pool, preselection, autocast)
-            scores_IT = _fuse(pool, ready, scorer, selected, cache_mib * 2**20, progress)
-        else:
-            image_IE, text_TE = _embed(pool, ready, autocast)
-            scores_IT = (image_IE @ text_TE.T).cpu().numpy()
-            for image, scores_T in enumerate(scores_IT):
-                _check(pool, scores_T, np.full(pool.num_texts, image), np.arange(pool.num_texts))
-    pool.check_any_good()
-    return scores_IT
-
-
-def _result(pool: PairPool, scores_IT: np.ndarray, is_exact: bool) -> Retrieval:
-    """Returns the scores without those of images that cannot be used and of their texts."""
-    is_good_I, is_good_T = pool.is_good_I, pool.is_good_I[pool.image_of_text_T]
-    if not is_good_I.all():
-        scores_IT = scores_IT[is_good_I][:, is_good_T]
-    return Retrieval(
-        scores_IT=scores_IT,
-        image_of_text_T=(np.cumsum(is_good_I) - 1)[pool.image_of_text_T[is_good_T]],
-        image_ids=[pool.image_id(number) for number in np.flatnonzero(is_good_I)],
-        texts=[pool.texts[number] for number in np.flatnonzero(is_good_T)],
-        is_exact=is_exact,
-        bad_samples=pool.bad_samples,
-        ids_without_text=pool.ids_without_text,
-    )
-
-
-def _check(pool: Pool, scores_P: np.ndarray, image_P: np.ndarray, text_P: np.ndarray) -> None:
-    """Raises an error that names the first pair whose score is no number, which no candidate could be ranked by."""
-    for place in np.flatnonzero(~np.isfinite(scores_P))[:1]:
-        raise UserError(
-            f"The score of the image {pool.image_id(image_P[place])!r} with the text {pool.texts[text_P[place]]!r} "
-            f"must be a finite number, got {scores_P[place]}."
+        for text, image, scores_I, rank in zip(
+            found.texts, found.image_of_text_T, scores_TI, _ranks(scores_TI, own), strict=True
         )
-
-
-def _fuse(
-    pool: Pool,
-    ready: ReadyModel,
-    scorer: PairScorer,
-    selected: np.ndarray | None,
-    cache_bytes: int,
-    progress: Progress,
-) -> np.ndarray:
-    """Returns the scores (I, T) of the selected pairs (image * T + text, rising; None: all), of others -infinity."""
-    num_images, num_texts = pool.num_images, pool.num_texts
-    scores_IT = np.full((num_images, num_texts), -np.inf, dtype=np.float32)
-    ids = pool.token_ids(ready)
-    num_tokens_T = np.array([len(of_text) for of_text in ids])
-    num_cached_tokens = cache_bytes // 2 // scorer.bytes_per_token
-    image_blocks = _blocks(np.full(num_images, scorer.num_image_tokens), num_cached_tokens)
-    text_blocks = _blocks(num_tokens_T, num_cached_tokens)
-    num_scored, num_pairs = 0, num_images * num_texts if selected is None else len(selected)
-
-    def add(num: int) -> None:
-        nonlocal num_scored
-        num_scored += num
-        progress(num_scored, num_pairs)
-
-    texts = None
-    for image_block in image_blocks:
-        image_BCHW, good = pool.images(ready, image_block)
-        image_P, text_P = _pairs(image_block, num_texts, selected)
-        is_good_P = pool.is_good_I[image_P]
-        image_P, text_P, num_bad = image_P[is_good_P], text_P[is_good_P], int((~is_good_P).sum())
-        if num_bad:
-            add(num_bad)
-        if not len(image_P):
-            continue
-        images = scorer.encode_images(image_BCHW)
-        for text_block in text_blocks:
-            first, last = text_block.start, text_block.stop
-            if texts is None or len(text_blocks) > 1:
-                lengths = num_tokens_T[first:last]
-                padded = pad(ids[first:last], lengths.max(), np.int64, ready.tokenizer.pad_token_id)
-                texts = scorer.encode_texts(padded.to(scorer.device), lengths)
-            is_here_P = (text_P >= first) & (text_P < last)
-            image_R, text_R = image_P[is_here_P], text_P[is_here_P]
-            found = scorer.scores(images, texts, np.searchsorted(good, image_R), text_R - first, add)
-            scores_R = found.float().cpu().numpy()
-            _check(pool, scores_R, image_R, text_R)
-            scores_IT[image_R, text_R] = scores_R
-    return scores_IT
-
-
-def _blocks(num_tokens: np.ndarray, num_at_most: int) -> list[range]:
-    """Divides neighbours into blocks of so many tokens at most, or of one that has more."""
-    blocks, start, ends = [], 0, np.cumsum(num_tokens)
-    while start < len(ends):
-        before = ends[start] - num_tokens[start]
-        stop = max(start + 1, int(np.searchsorted(ends, before + num_at_most, side="right")))
-        blocks.append(range(start, stop))
-        start = stop
-    return blocks
-
-
-def _pairs(images: range, num_texts: int, selected: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image and text of each pair of these images that is to be scored."""
-    first, last = images.start * num_texts, images.stop * num_texts
-    if selected is None:
-        return np.divmod(np.arange(first, last), num_texts)
-    return np.divmod(selected[slice(*np.searchsorted(selected, [first, last]))], num_texts)
-
-
-def _embed(pool: Pool, ready: ReadyModel, autocast: Autocast) -> tuple[Tensor, Tensor]:
-    """Returns the features of the images, 0 of those that cannot be used, and of the texts: (I, E) and (T, E)."""
-    model = ready.model
-    if not isinstance(model, MPMA) or "global_alignment" not in model.config.objectives:
-        raise UserError(
-            f'model.objectives must have "global_alignment" for features of images and texts, '
-            f"got {', '.join(model.config.objectives)}."
-        )
-    device, width = next(model.parameters()).device, model.config.alignment.width
-    image_IE = torch.zeros(pool.num_images, width, dtype=torch.float32, device=device)
-    text_TE = torch.zeros(pool.num_texts, width, dtype=torch.float32, device=device)
-    for start in range(0, pool.num_images, EMBEDDED_AT_A_TIME):
-        image_BCHW, good = pool.images(ready, range(start, min(start + EMBEDDED_AT_A_TIME, pool.num_images)))
-        if len(good):
-            with autocast():
-                image_IE[torch.from_numpy(good).to(device)] = embed_images(model, image_BCHW).float()
-    ids = pool.token_ids(ready)
-    for start in range(0, pool.num_texts, EMBEDDED_AT_A_TIME):
-        part = ids[start : start + EMBEDDED_AT_A_TIME]
-        length = max(map(len, part))
-        ids_BT = pad(part, length, np.int64, ready.tokenizer.pad_token_id)
-        is_padding_BT = pad([np.zeros(len(of_text)) for of_text in part], length, np.bool_, True)
-        with autocast():
-            features = embed_reports(model, ids_BT.to(device), is_padding_BT.to(device))
-        text_TE[start : start + len(part)] = features.float()
-    return image_IE, text_TE
-
-
-def _select(pool: PairPool, preselection: Preselection, autocast: Autocast) -> np.ndarray:
-    """Returns the preselected pairs, image * T + text, rising."""
-    with _evaluating(preselection.ready.model):
-        image_IE, text_TE = _embed(pool, preselection.ready, autocast)
-    is_good_I, is_good_T = pool.is_good_I, pool.is_good_I[pool.image_of_text_T]
-    num = preselection.num_preselected
-    image_P, text_P = _nearest(image_IE, text_TE, is_good_I, is_good_T, num)
-    text_R, image_R = _nearest(text_TE, image_IE, is_good_T, is_good_I, num)
-    return np.unique(np.concatenate([image_P * pool.num_texts + text_P, image_R * pool.num_texts + text_R]))
-
-
-def _nearest(
-    x_XE: Tensor, y_YE: Tensor, is_good_X: np.ndarray, is_good_Y: np.ndarray, num: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each good x its ``num`` nearest good y, as the numbers of both."""
-    good_X, good_Y = np.flatnonzero(is_good_X), np.flatnonzero(is_good_Y)
-    num, x_XE, y_YE = min(num, len(good_Y)), x_XE[good_X], y_YE[good_Y]
-    parts = [(part @ y_YE.T).topk(num).indices.flatten().cpu().numpy() for part in x_XE.split(EMBEDDED_AT_A_TIME)]
-    return np.repeat(good_X, num), good_Y[np.concatenate([np.zeros(0, np.int64), *parts])]
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    ]

@@ -13,8 +13,8 @@ from fastm3ae.errors import UserError, nearest
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval, classification_metrics, multilabel_metrics
 from fastm3ae.tasks.pool import Pool
-from fastm3ae.tasks.retrieval import score_pool
-from fastm3ae.tasks.retrieval_task import RetrievalTask, ready_model
+from fastm3ae.tasks.retrieval import RetrievalTask, ready_model
+from fastm3ae.tasks.search import score_pool
 from fastm3ae.tasks.task import NUM_HARDEST, Loaded, Progress, left_out
 
 __all__ = ["ZeroShotTask", "read_prompts"]

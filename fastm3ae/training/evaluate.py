@@ -12,10 +12,12 @@ from fastm3ae.config import EvaluateConfig, FinetuneConfig
 from fastm3ae.configfile import to_dict
 from fastm3ae.data.text import fingerprint
 from fastm3ae.device import pick_device
+from fastm3ae.errors import UserError
 from fastm3ae.pretrained import read_about
 from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned, read_pretrained
 from fastm3ae.tasks.evaluation import About, Evaluation, make_folder, write_evaluation
 from fastm3ae.tasks.registry import make_task
+from fastm3ae.tasks.retrieval import RetrievalTask
 from fastm3ae.tasks.task import Loaded, Task, with_notes
 from fastm3ae.tasks.zero_shot import ZeroShotTask
 from fastm3ae.training.run_folder import environment
@@ -45,6 +47,8 @@ def evaluate(config: EvaluateConfig, run: FinetuneConfig | None = None) -> Evalu
         task: Task = ZeroShotTask(run, config.prompts)
     else:
         task = make_task(run, about if "labels" in about else None)
+    if config.max_images is not None and not isinstance(task, RetrievalTask):
+        raise UserError(f"max_images is for retrieval and zero-shot, not for {task.name}.")
     loaded = load_finetuned(checkpoint, run, task, pick_device(config.device))
     make_folder(Path(config.output))  # now, rather than after hours of work
     notes = _notes(loaded, about)
