@@ -21,7 +21,7 @@ from fastm3ae.errors import BadSample, UserError
 from fastm3ae.model import embed
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.model.mpma import MPMA
-from fastm3ae.tasks import retrieval
+from fastm3ae.tasks import search
 from fastm3ae.tasks.pool import ReadyModel
 from fastm3ae.tasks.recall import hits
 from fastm3ae.tasks.search import Preselection, Retrieval, retrieve
@@ -165,16 +165,16 @@ def test_blocks_change_nothing(m3ae, dataset, monkeypatch):
     """Images are encoded once, texts once, or with little memory once for each block of images."""
     encoded = {"encode_images": [], "encode_texts": []}
     for name, calls in encoded.items():
-        real = getattr(retrieval.PairScorer, name)
+        real = getattr(search.PairScorer, name)
 
         def encode_and_note(self, first, *more, calls=calls, real=real):
             calls.append(len(first))
             return real(self, first, *more)
 
-        monkeypatch.setattr(retrieval.PairScorer, name, encode_and_note)
+        monkeypatch.setattr(search.PairScorer, name, encode_and_note)
     whole = retrieve(m3ae, dataset)
     assert encoded == {"encode_images": [6], "encode_texts": [12]}
-    monkeypatch.setattr(retrieval.PairScorer, "bytes_per_token", 2**20 // (2 * 24))  # 24 tokens of each side
+    monkeypatch.setattr(search.PairScorer, "bytes_per_token", 2**20 // (2 * 24))  # 24 tokens of each side
     blocks = retrieve(m3ae, dataset, cache_mib=1)
     assert np.abs(blocks.scores_IT - whole.scores_IT).max() < 1e-6
     assert encoded["encode_images"][1:] == [4, 2] and sum(encoded["encode_texts"][1:]) == 2 * 12
@@ -186,7 +186,7 @@ def test_blocks_change_nothing(m3ae, dataset, monkeypatch):
     [([3, 3, 3], 6, [2, 1]), ([3, 3, 3], 2, [1, 1, 1]), ([1, 9, 1, 1], 4, [1, 1, 2]), ([2, 2], 4, [2])],
 )
 def test_blocks_hold_what_fits(num_tokens, most, want):
-    blocks = retrieval._blocks(np.array(num_tokens), most)
+    blocks = search._blocks(np.array(num_tokens), most)
     assert list(map(len, blocks)) == want
     assert [number for block in blocks for number in block] == list(range(len(num_tokens)))
 
@@ -213,7 +213,7 @@ def test_bad_images_stop_or_are_named(m3ae, tmp_path, monkeypatch):
     is_good_T = np.isin(whole.image_of_text_T, [0, 2, 3, 5])
     for bytes_per_token in (1, 2**30):  # in one block with the good ones, and in a block of its own
         told = []
-        monkeypatch.setattr(retrieval.PairScorer, "bytes_per_token", bytes_per_token)
+        monkeypatch.setattr(search.PairScorer, "bytes_per_token", bytes_per_token)
         found = retrieve(m3ae, dataset, on_bad_sample="skip", progress=lambda *numbers, told=told: told.append(numbers))
         assert [bad.image_id for bad in found.bad_samples] == ["img/1.png", "img/4.png"]
         assert found.image_ids == ["img/0.png", "img/2.png", "img/3.png", "img/5.png"]
@@ -274,7 +274,7 @@ def test_one_side_is_embedded_as_pairs_are(pool, scale):
 
 
 def test_mpma_compares_features(mpma, dataset, monkeypatch):
-    monkeypatch.setattr(retrieval, "EMBEDDED_AT_A_TIME", 5)
+    monkeypatch.setattr(search, "EMBEDDED_AT_A_TIME", 5)
     found = retrieve(mpma, dataset)
     image_BCHW, ids_BT, is_padding_BT = inputs(mpma, dataset)
     of_pairs = embed_pairs(mpma.model.eval(), image_BCHW[found.image_of_text_T], ids_BT, is_padding_BT)
