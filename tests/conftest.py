@@ -1,4 +1,5 @@
 import os
+import signal
 
 # No test asks the network: tokenizers and weights come from folders that the tests make.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,16 @@ def pytest_runtest_setup(item):
         if os.environ.get("FASTM3AE_REQUIRE_GPU") == "1":
             pytest.fail("FASTM3AE_REQUIRE_GPU=1, but torch finds no CUDA GPU")
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def heed_signals():
+    """Even where the tests run in the background of a shell script, which has them ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -28,15 +28,6 @@ TRAIN = {"num_steps": 11, "log_every_steps": 4, "validate_every_steps": 5, "save
          "keep_checkpoints": 2}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def heed_signals():
-    """Even where the tests run in the background of a shell script, which has them ignored."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 class Killed(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 

@@ -71,8 +71,9 @@ class Processes:
         torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
     def close(self) -> None:
-        """Leaves the other processes."""
+        """Leaves the other processes, all of which do so: none goes while another still talks to it."""
         if self._host is not None:
+            _talk(dist.barrier, group=self._host)
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module, leaves_some_alone: bool) -> nn.Module:
