@@ -1,9 +1,11 @@
 """Where and how precisely a model computes: devices, autocast, and the way of a batch to its device."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,18 +30,20 @@ def pick_device(name: str, local_rank: int = 0, number_here: int = 1) -> torch.d
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"The device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
-    if device.type != "cuda":
-        return device
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if named is None:
+        raise UserError(f"The device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+    if name == "cpu":
+        return torch.device(name)
     num_gpus = torch.cuda.device_count()
     if not torch.cuda.is_available():
         raise UserError(f"The device is to be {name!r}, but torch {torch.__version__} sees no GPU here.")
     if number_here > num_gpus:
         raise UserError(f"{number_here} processes were started here, one for each GPU, but torch sees {num_gpus}.")
-    return device if device.index is not None and number_here == 1 else torch.device("cuda", local_rank)
+    index = int(named[1]) if named[1] is not None and number_here == 1 else local_rank
+    if index >= num_gpus:
+        raise UserError(f"The device is to be {name!r}, but torch sees {num_gpus} GPUs here, from cuda:0 on.")
+    return torch.device("cuda", index)
 
 
 def compute_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -60,7 +64,8 @@ def batch_mover(data: DataConfig, device: torch.device) -> Callable[[ImageBatch]
 
     def move(batch: ImageBatch) -> ImageBatch:
         batch = batch.to(device, non_blocking=True)
-        images = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
-        return dataclasses.replace(batch, **{name: normalize(getattr(batch, name), mean, std) for name in images})
+        names = [name for name in ("image_BCHW", "false_image_FCHW") if hasattr(batch, name)]
+        images: dict[str, Any] = {name: normalize(getattr(batch, name), mean, std) for name in names}
+        return dataclasses.replace(batch, **images)
 
     return move

@@ -92,10 +92,9 @@ def diagnose() -> Diagnosis:
     for name in ("transformers", "timm"):
         if _version(name) is None:
             found.broken.append(f"{name} is missing: pip install {name}.")
-    modules = {getattr(kernels, name).__module__ for name in kernels.__all__}
-    for module in sorted(modules):
-        on_cpu, on_cuda = implementations(sys.modules[module], architectures, has_triton)
-        found.facts.append((module.rpartition(".")[2], f"CPU: {on_cpu:<9}CUDA: {on_cuda}"))
+    for module in sorted({getattr(kernels, name).__module__ for name in kernels.__all__}):
+        if serving := implementations(sys.modules[module], architectures, has_triton):
+            found.facts.append((module.rpartition(".")[2], f"CPU: {serving[0]:<9}CUDA: {serving[1]}"))
     if _version("transformers") and _version("timm"):
         from fastm3ae.model.attention import backends
 
@@ -129,9 +128,14 @@ def fits(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def implementations(module: ModuleType, architectures: Iterable[str], has_triton: bool) -> tuple[str, str]:
-    """Returns what serves the ops of a file of kernels/ on CPUs and on GPUs, by the launchers that the file has."""
+def implementations(module: ModuleType, architectures: Iterable[str], has_triton: bool) -> tuple[str, str] | None:
+    """Returns what serves the ops of a file of kernels/ on CPUs and on GPUs, by the launchers that the file has.
+
+    None: it has none, because its functions call the ops of other files.
+    """
     launchers = [name for name in vars(module) if name.startswith("launch_")]
+    if not launchers:
+        return None
     on_cpu = "C++" if any("_cpu" in name for name in launchers) else "PyTorch"
     if not any("_cuda" in name for name in launchers):
         return on_cpu, "refused, it runs on the CPU only"

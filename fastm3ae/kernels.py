@@ -22,6 +22,7 @@ from fastm3ae.kernels.gather_patches import gather_patches, scatter_patches_  # 
 from fastm3ae.kernels.masked_pixel_loss import masked_pixel_loss  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import IGNORED_LABEL as IGNORED_LABEL  # noqa: E402
 from fastm3ae.kernels.masked_token_loss import masked_token_loss  # noqa: E402
+from fastm3ae.kernels.memory_attention import memory_attention  # noqa: E402
 from fastm3ae.kernels.packed_attention import CUDA_HEAD_DIMS, packed_attention  # noqa: E402
 from fastm3ae.kernels.random_patch_order import random_patch_order, random_patch_order_from_seed  # noqa: E402
 from fastm3ae.kernels.resize_crop import resize_crop  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "gather_patches",
     "masked_pixel_loss",
     "masked_token_loss",
+    "memory_attention",
     "packed_attention",
     "random_patch_order",
     "random_patch_order_from_seed",

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT_DTYPES", "check_one_device", "describe", "dtype_name", "philox", "triton_kernels"]
+__all__ = ["FLOAT_DTYPES", "check_index", "check_one_device", "describe", "dtype_name", "philox", "triton_kernels"]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,6 +32,19 @@ def check_one_device(**tensors: Tensor | None) -> None:
     devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{_join(devices)} must be on one device, got {_join(devices.values())}")
+
+
+def check_index(name: str, index: Tensor, size: int) -> None:
+    """Checks that an index on the CPU, where that waits for nothing, is from 0 to ``size`` - 1.
+
+    Raises:
+        IndexError: It is not.
+    """
+    if index.numel():
+        lowest, highest = (extreme.item() for extreme in index.aminmax())
+        if lowest < 0 or highest >= size:
+            wrong = lowest if lowest < 0 else highest
+            raise IndexError(f"{name} must be indices from 0 to {size - 1}, got {wrong}")
 
 
 def _join(words: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ So a patch embedding of the visible patches alone is one product: pixels @ weigh
 import torch
 from torch import Tensor
 
-from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_index, check_one_device, describe, triton_kernels
 
 __all__ = ["gather_image_patches", "gather_image_patches_reference"]
 
@@ -25,10 +25,33 @@ def gather_image_patches_reference(
     patches = image_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
     pixels_BNP = patches.reshape(B, (H // p) * (W // p), C * p * p)
     pixels_BKP = pixels_BNP.gather(1, keep_BK[..., None].expand(-1, -1, C * p * p))
-    if mean_C is not None:
-        mean_P, std_P = mean_C.repeat_interleave(p * p), std_C.repeat_interleave(p * p)
-        pixels_BKP = (pixels_BKP.float() / 255 - mean_P) / std_P
-    return pixels_BKP.to(dtype)
+    return _normalize(pixels_BKP, p, mean_C, std_C).to(dtype)
+
+
+def _normalize(pixels_BKP: Tensor, patch_size_px: int, mean_C: Tensor | None, std_C: Tensor | None) -> Tensor:
+    if mean_C is None:
+        return pixels_BKP
+    mean_P, std_P = (x_C.repeat_interleave(patch_size_px**2) for x_C in (mean_C, std_C))
+    return (pixels_BKP.float() / 255 - mean_P) / std_P
+
+
+def launch_gather_image_patches_cpu(
+    image_BCHW: Tensor,
+    keep_BK: Tensor,
+    patch_size_px: int,
+    mean_C: Tensor | None,
+    std_C: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Copies each line of a visible patch at once: the image is rows of ``patch_size_px`` pixels one after another."""
+    (B, C, H, W), p = image_BCHW.shape, patch_size_px
+    columns = W // p
+    check_index("keep", keep_BK, H // p * columns)
+    first_BK = keep_BK // columns * (p * columns) + keep_BK % columns + torch.arange(B)[:, None] * (C * H * columns)
+    line_Cp = torch.arange(C)[:, None] * (H * columns) + torch.arange(p) * columns
+    row_BKCp = first_BK[..., None] + line_Cp.flatten()
+    pixels_BKP = image_BCHW.reshape(-1, p).index_select(0, row_BKCp.flatten()).view(*keep_BK.shape, C * p * p)
+    return _normalize(pixels_BKP, p, mean_C, std_C).to(dtype)
 
 
 def launch_gather_image_patches_cuda(
@@ -52,7 +75,7 @@ torch.library.define(
     "fastm3ae::gather_image_patches",
     "(Tensor image_BCHW, Tensor keep_BK, int patch_size_px, Tensor? mean_C, Tensor? std_C, ScalarType dtype) -> Tensor",
 )
-torch.library.impl("fastm3ae::gather_image_patches", "cpu", gather_image_patches_reference)
+torch.library.impl("fastm3ae::gather_image_patches", "cpu", launch_gather_image_patches_cpu)
 torch.library.impl("fastm3ae::gather_image_patches", "cuda", launch_gather_image_patches_cuda)
 torch.library.register_fake("fastm3ae::gather_image_patches", _empty_pixels)
 

@@ -4,9 +4,10 @@ The gradient of x is that of the tokens, put back to the patches they came from,
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_index, check_one_device, describe, triton_kernels
 
 __all__ = [
     "gather_patches",
@@ -22,7 +23,7 @@ def gather_patches_reference(x_BND: Tensor, keep_BK: Tensor, positions_LD: Tenso
     dtype = torch.promote_types(x_BND.dtype, positions_LD.dtype)
     x_BKD = x_BND.gather(1, keep_BK[..., None].expand(-1, -1, x_BND.shape[-1])).to(dtype)
     cls_B1D = cls_D.to(dtype).expand(len(x_BND), 1, -1)
-    place_BL = torch.nn.functional.pad(keep_BK + 1, (1, 0))
+    place_BL = F.pad(keep_BK + 1, (1, 0))
     return torch.cat([cls_B1D, x_BKD], dim=1) + positions_LD.to(dtype)[place_BL]
 
 
@@ -45,7 +46,7 @@ def gather_patches_backward_reference(
     B, _, D = grad_BLD.shape
     grad_BLD = grad_BLD.to(_sum_dtype(grad_BLD))
     grad_x_BND = grad_BLD.new_zeros(B, num_patches, D)
-    grad_x_BND.scatter_(1, keep_BK[..., None].expand(-1, -1, D), grad_BLD[:, 1:])
+    grad_x_BND[torch.arange(B, device=grad_BLD.device)[:, None], keep_BK] = grad_BLD[:, 1:]
     if not needs_positions:
         return grad_x_BND.to(x_dtype), grad_BLD.new_empty(0)
     return grad_x_BND.to(x_dtype), torch.cat([grad_BLD[:, :1].sum(0), grad_x_BND.sum(0)])
@@ -55,6 +56,16 @@ def scatter_patches_reference_(x_BND: Tensor, update_BLD: Tensor, keep_BK: Tenso
     """The sum in eager PyTorch: the specification. Arguments are those of ``scatter_patches_``."""
     index_BKD = keep_BK[..., None].expand(-1, -1, x_BND.shape[-1])
     x_BND.scatter_add_(1, index_BKD, update_BLD[:, 1:].to(x_BND.dtype))
+
+
+def launch_gather_patches_cpu(x_BND: Tensor, keep_BK: Tensor, positions_LD: Tensor, cls_D: Tensor) -> Tensor:
+    """The reference's sums, whose rows are copied whole and written where they stay."""
+    check_index("keep", keep_BK, x_BND.shape[1])
+    tokens_BLD = _empty_tokens(x_BND, keep_BK, positions_LD, cls_D)
+    x_BKD = x_BND[torch.arange(len(x_BND))[:, None], keep_BK]
+    torch.add(x_BKD, F.embedding(keep_BK + 1, positions_LD), out=tokens_BLD[:, 1:])
+    tokens_BLD[:, 0] = cls_D.to(tokens_BLD.dtype) + positions_LD[0].to(tokens_BLD.dtype)
+    return tokens_BLD
 
 
 def launch_gather_patches_cuda(x_BND: Tensor, keep_BK: Tensor, positions_LD: Tensor, cls_D: Tensor) -> Tensor:
@@ -99,7 +110,7 @@ def _empty_gradients(
 torch.library.define(
     "fastm3ae::gather_patches", "(Tensor x_BND, Tensor keep_BK, Tensor positions_LD, Tensor cls_D) -> Tensor"
 )
-torch.library.impl("fastm3ae::gather_patches", "cpu", gather_patches_reference)
+torch.library.impl("fastm3ae::gather_patches", "cpu", launch_gather_patches_cpu)
 torch.library.impl("fastm3ae::gather_patches", "cuda", launch_gather_patches_cuda)
 torch.library.register_fake("fastm3ae::gather_patches", _empty_tokens)
 

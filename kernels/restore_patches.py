@@ -5,9 +5,10 @@ patches' tokens, over the whole batch.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastm3ae.kernels.common import FLOAT_DTYPES, check_one_device, describe, triton_kernels
+from fastm3ae.kernels.common import FLOAT_DTYPES, check_index, check_one_device, describe, triton_kernels
 
 __all__ = ["restore_patches", "restore_patches_backward_reference", "restore_patches_reference"]
 
@@ -43,6 +44,30 @@ def restore_patches_backward_reference(grad_BLD: Tensor, restore_BN: Tensor, num
     return torch.cat([grad_BLD[:, :1], grad_x_BKD], dim=1), hidden_BND.contiguous().sum(dim=(0, 1))
 
 
+def launch_restore_patches_cpu(x_BLD: Tensor, restore_BN: Tensor, mask_token_D: Tensor, positions_LD: Tensor) -> Tensor:
+    """Copies rows of one table, all visible tokens and the mask token after them, and adds positions in place."""
+    (B, num_visible, D), N = x_BLD.shape, restore_BN.shape[1]
+    check_index("restore", restore_BN, N)
+    sum_dtype = _sum_dtype(x_BLD)
+    rows = torch.cat([x_BLD.reshape(-1, D).to(sum_dtype), mask_token_D[None].to(sum_dtype)])
+    first_B1 = torch.arange(B)[:, None] * num_visible
+    row_BN = (first_B1 + 1 + restore_BN).where(restore_BN < num_visible - 1, B * num_visible)
+    tokens_BLD = F.embedding(torch.cat([first_B1, row_BN], dim=1), rows)
+    return tokens_BLD.add_(positions_LD.to(sum_dtype)).to(x_BLD.dtype)
+
+
+def launch_restore_patches_backward_cpu(grad_BLD: Tensor, restore_BN: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Copies the visible rows, and sums those of the hidden ones, an image after another, where they are."""
+    (B, L, D), N = grad_BLD.shape, restore_BN.shape[1]
+    order_BN = torch.empty_like(restore_BN).scatter_(1, restore_BN, torch.arange(N).expand(B, -1))
+    row_BL = F.pad(1 + order_BN, (1, 0)) + torch.arange(B)[:, None] * L
+    rows, num_hidden = grad_BLD.reshape(-1, D), N - num_kept
+    grad_x_BLD = F.embedding(row_BL[:, : 1 + num_kept], rows)
+    hidden, starts_B = row_BL[:, 1 + num_kept :].flatten(), torch.arange(B) * num_hidden
+    grad_mask_token_BD = F.embedding_bag(hidden, rows.to(_sum_dtype(rows)), starts_B, mode="sum")
+    return grad_x_BLD, grad_mask_token_BD.sum(dim=0)
+
+
 def launch_restore_patches_cuda(
     x_BLD: Tensor, restore_BN: Tensor, mask_token_D: Tensor, positions_LD: Tensor
 ) -> Tensor:
@@ -72,7 +97,7 @@ def _empty_gradients(grad_BLD: Tensor, restore_BN: Tensor, num_kept: int) -> tup
 torch.library.define(
     "fastm3ae::restore_patches", "(Tensor x_BLD, Tensor restore_BN, Tensor mask_token_D, Tensor positions_LD) -> Tensor"
 )
-torch.library.impl("fastm3ae::restore_patches", "cpu", restore_patches_reference)
+torch.library.impl("fastm3ae::restore_patches", "cpu", launch_restore_patches_cpu)
 torch.library.impl("fastm3ae::restore_patches", "cuda", launch_restore_patches_cuda)
 torch.library.register_fake("fastm3ae::restore_patches", _empty_tokens)
 
@@ -80,7 +105,7 @@ torch.library.define(
     "fastm3ae::restore_patches_backward",
     "(Tensor grad_BLD, Tensor restore_BN, SymInt num_kept) -> (Tensor grad_x_BLD, Tensor grad_mask_token_D)",
 )
-torch.library.impl("fastm3ae::restore_patches_backward", "cpu", restore_patches_backward_reference)
+torch.library.impl("fastm3ae::restore_patches_backward", "cpu", launch_restore_patches_backward_cpu)
 torch.library.impl("fastm3ae::restore_patches_backward", "cuda", launch_restore_patches_backward_cuda)
 torch.library.register_fake("fastm3ae::restore_patches_backward", _empty_gradients)
 

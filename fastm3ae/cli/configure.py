@@ -16,13 +16,13 @@ __all__ = ["choose", "configure", "run_options", "torchrun"]
 AnyRun = TypeVar("AnyRun", bound="RunConfig")
 
 
-def choose(program: str, arguments: Sequence[str], choices: dict[str, str | None]) -> str:
-    """Returns the first argument if it is one of the choices; prints them, and ends, where help is asked for."""
+def choose(program: str, arguments: Sequence[str], choices: dict[str, str | None], more: str = "") -> str:
+    """Returns the first argument if it is one of the choices; prints them and more, and ends, where help is asked."""
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, choices))
         lines = [f"  {name:<{width}}  {(text or '').strip().splitlines()[0]}" for name, text in choices.items()]
         print(f"usage: {program} {{{','.join(choices)}}} ...\n\n" + "\n".join(lines))
-        print(f"\n{program} NAME --help says more.")
+        print(f"\n{program} NAME --help says more.{more}")
         raise SystemExit(0)
     if arguments[0] not in choices:
         raise UserError(
@@ -61,8 +61,8 @@ def configure(
     """
     import tyro
 
-    from fastm3ae.configfile import from_dict
-    from fastm3ae.presets import preset
+    from fastm3ae.config.files import from_dict, read_yaml
+    from fastm3ae.config.presets import preset
 
     header = None
     if chosen.from_official is None:
@@ -70,7 +70,7 @@ def configure(
     else:
         base, header = _translate(chosen.from_official, command)
         source = "--from-official ..."
-    values = {} if chosen.config is None else _read_yaml(chosen.config)
+    values = {} if chosen.config is None else read_yaml(chosen.config) or {}
     if starts_from is not None:
         base = starts_from(base, values)
     try:
@@ -86,25 +86,15 @@ def configure(
         description=(
             f"{description} A run's configuration is a preset (--preset {' | '.join(presets)}), then a YAML file "
             "with any of the keys below (--config FILE), then these options. The defaults shown are those of "
-            f"{source} and that file. --from-official 'python main.py with ...' takes the place of the preset; "
-            f"fastm3ae {command} then prints the configuration, ready for --config, instead of running it."
+            f"{source} and that file. --from-official 'python main.py with ...' takes the place of the preset"
+            + (
+                "."
+                if command == "profile"
+                else f"; fastm3ae {command} then prints the configuration, ready for --config, instead of running it."
+            )
         ),
     )
     return config, header
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the configuration must be a section of keys, got {values!r}.")
-    return values
 
 
 def _translate(command_line: str, command: str) -> tuple["RunConfig", str]:
@@ -115,11 +105,11 @@ def _translate(command_line: str, command: str) -> tuple["RunConfig", str]:
     arguments = arguments_of(command_line)
     run = parse_official(arguments)
     config, notes = to_run_config(run)
-    if run.command.split()[0] != command.split()[0]:
+    if run.command != ("pretrain" if command == "profile" else command):
         raise UserError(f"{run.config['exp_name']} is for `fastm3ae {run.command} --from-official`, not {command}.")
     words = f"{torchrun(run.num_gpus, run.config['num_nodes'])} {run.command} --config THIS_FILE"
     lines = [f"python main.py with {shlex.join(arguments)}", f"to run it: {words}", *notes]
-    return config, "".join(f"# {line}\n" for line in lines)
+    return config, "".join(f"# {line}\n" for text in lines for line in text.splitlines())
 
 
 def torchrun(num_gpus: int, num_nodes: int) -> str:

@@ -1,10 +1,12 @@
 """The commands that make or read files: prepare, inspect, convert; and doctor."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastm3ae.cli.configure import choose
+from fastm3ae.cli.say import printable
 
 __all__ = ["convert", "doctor", "inspect", "prepare"]
 
@@ -23,18 +25,18 @@ def prepare(arguments: Sequence[str]) -> None:
 
     def progress(done: int, total: int) -> None:
         if not bars:  # not before the arguments are understood
-            bars.append(tqdm(total=total, unit="image", desc=name, dynamic_ncols=True))
-        bars[0].update(done - bars[0].n)
+            bars.append(tqdm(total=total, unit="image", desc=name, dynamic_ncols=True, disable=None))
+        bars[0].update()
 
     report = tyro.cli(
-        functools.partial(SOURCES[name], progress=progress),
+        functools.partial(SOURCES[name], progress=progress, num_workers=os.cpu_count() or 1),
         args=arguments[1:],
         prog=f"fastm3ae prepare {name}",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.SuppressFixed),
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.SuppressFixed, tyro.conf.OmitArgPrefixes),
     )
     for bar in bars:
         bar.close()
-    print(report.render())
+    print(printable(report.render()))
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -47,11 +49,11 @@ def inspect(arguments: Sequence[str]) -> None:
     if path.suffix == ".arrow":
         from fastm3ae.data.describe import describe_arrow
 
-        print(describe_arrow(path).render())
+        print(printable(describe_arrow(path).render()))
     else:
         from fastm3ae.training.describe import describe_checkpoint, describe_run
 
-        print(describe_run(path) if (path / "config.yaml").is_file() else describe_checkpoint(path))
+        print(printable(describe_run(path) if (path / "config.yaml").is_file() else describe_checkpoint(path)))
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -63,7 +65,7 @@ def convert(arguments: Sequence[str]) -> None:
     )
     chosen = parser.parse_args(arguments)
 
-    from fastm3ae.pretrained import convert_checkpoint
+    from fastm3ae.weights.pretrained import convert_checkpoint
 
     convert_checkpoint(chosen.source, chosen.target)
     print(f"wrote {chosen.target}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastm3ae.cli.configure import choose
-from fastm3ae.cli.say import warn
+from fastm3ae.cli.say import printable, warn
 
 __all__ = ["predict"]
 
@@ -47,6 +47,6 @@ def predict(arguments: Sequence[str]) -> None:
         print(json.dumps(predictions, ensure_ascii=False, indent=2))
         return
     for image, choices in zip(chosen.image, found, strict=True):
-        print(image)
+        print(printable(str(image)))
         for label, probability in choices:
-            print(f"  {probability:.3f}  {label}")
+            print(printable(f"  {probability:.3f}  {label}"))

@@ -20,7 +20,7 @@ __all__ = ["evaluate", "finetune", "official", "pretrain", "profile"]
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Pre-train a model on arrow files, or on the embedded demo corpus (--preset demo, --preset mpma-demo)."""
-    from fastm3ae.presets import PRESETS
+    from fastm3ae.config.presets import PRESETS
 
     chosen, overrides = run_options("pretrain", "m3ae").parse_known_args(arguments)
     config, header = configure("pretrain", "Pre-trains a model.", PRESETS, overrides, chosen)
@@ -32,9 +32,9 @@ def pretrain(arguments: Sequence[str]) -> None:
 
 def profile(arguments: Sequence[str]) -> None:
     """Measure the steps of a pre-training: time by phase, FLOPs by part of the model, utilisation, memory."""
-    from fastm3ae.presets import PRESETS
+    from fastm3ae.config.presets import PRESETS
 
-    options = run_options("pretrain", "m3ae")
+    options = run_options("profile", "m3ae")
     options.add_argument("--steps", type=int, default=10)
     options.add_argument("--warm-up", type=int, default=3)
     options.add_argument("--trace", type=Path)
@@ -55,7 +55,7 @@ def profile(arguments: Sequence[str]) -> None:
 
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pre-trained model for a task, and test it."""
-    from fastm3ae.presets import FINETUNE_PRESETS
+    from fastm3ae.config.presets import FINETUNE_PRESETS
 
     task = choose(
         "fastm3ae finetune", arguments, {name: of[next(iter(of))].__doc__ for name, of in FINETUNE_PRESETS.items()}
@@ -74,10 +74,14 @@ def finetune(arguments: Sequence[str]) -> None:
     def starts_from(preset: Any, values: Mapping[str, Any]) -> Any:
         from fastm3ae.training.finetune import start_from
 
-        checkpoint = chosen.init_from or values.get("init_from") or preset.init_from
+        checkpoint = chosen.init_from or values.get("init_from")
         return preset if checkpoint is None else start_from(preset, checkpoint)
 
     config, header = configure(f"finetune {task}", description, presets, overrides, chosen, starts_from)
+    if (kind := config.task.kind.replace("_", "-")) != task:
+        raise UserError(
+            f"fastm3ae finetune {task}: the configuration is of the task {kind}; fastm3ae finetune {kind} takes it."
+        )
     if header is not None:
         _print_yaml(header, config)
         return
@@ -218,6 +222,6 @@ def _show_evaluation(evaluation: "Evaluation", output: str) -> None:
 def _print_yaml(header: str, config: "RunConfig") -> None:
     import yaml
 
-    from fastm3ae.configfile import to_dict
+    from fastm3ae.config.files import to_dict
 
     print(header + yaml.safe_dump(to_dict(config), sort_keys=False), end="")

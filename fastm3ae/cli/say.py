@@ -1,9 +1,12 @@
 """Sentences on stderr."""
 
+import contextlib
 import os
 import sys
 
-__all__ = ["say", "warn"]
+from fastm3ae.errors import printable
+
+__all__ = ["printable", "say", "warn"]
 
 
 def warn(message: str) -> None:
@@ -16,9 +19,10 @@ def say(message: str, *, each: bool = False) -> None:
 
     What goes wrong before they have met goes wrong in all of them.
     """
-    rank = os.environ.get("RANK", "0")
+    message, rank = printable(message), os.environ.get("RANK", "0")
     distributed = sys.modules.get("torch.distributed")  # what was not imported was not initialised either
-    if each and distributed is not None and distributed.is_initialized():
-        print(f"rank {rank}: {message}", file=sys.stderr)
-    elif rank == "0":
-        print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk; the exit status still says something
+        if each and distributed is not None and distributed.is_initialized():
+            print(f"rank {rank}: {message}", file=sys.stderr)
+        elif rank == "0":
+            print(message, file=sys.stderr)

@@ -12,11 +12,21 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastm3ae.data.arrow_checks import (
+    Batch,
+    check_columns,
+    check_plain,
+    check_size,
+    is_binary,
+    is_compressed,
+    read_facts,
+)
 from fastm3ae.errors import UserError, nearest
 
 __all__ = [
@@ -85,12 +95,6 @@ BATCH_BYTES = 64 * 2**20  # A binary column holds at most 2 GiB per record batch
 FACTS_KEY = b"fastm3ae"  # in the schema's metadata, beside pandas'
 
 _TYPES = {"binary": pa.binary(), "string": pa.string(), "int": pa.int64(), "float": pa.float64()}
-_IS_KIND = {
-    "binary": lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t),
-    "string": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
-    "int": pa.types.is_integer,
-    "float": pa.types.is_floating,
-}
 _PANDAS_NAMES = {"binary": "bytes", "string": "unicode", "int": "int64", "float": "float64"}
 
 
@@ -104,7 +108,8 @@ class ArrowTable:
         paths: The arrow files; each may hold any number of record batches.
 
     Raises:
-        UserError: A file does not exist, is truncated, or is not an Arrow IPC file.
+        UserError: A file does not exist, is truncated, is not an Arrow IPC file, is a compressed one, or claims more
+            than its bytes hold.
     """
 
     def __init__(self, paths: Sequence[Path | str]) -> None:
@@ -127,8 +132,17 @@ class ArrowTable:
         """
         table = cls(paths)
         for batch in table._batches:
-            _check_batch(batch, columns)
+            check_columns(batch, columns, batch.path.stat().st_size)
         return table
+
+    def check_plain(self) -> None:
+        """Checks every column, so that all that the files hold can be shown; no image is read.
+
+        Raises:
+            UserError: A column is damaged, has another's name, or values of another type than the kinds and lists.
+        """
+        for batch in self._batches:
+            check_plain(batch, batch.path.stat().st_size)
 
     @property
     def batches(self) -> list[pa.RecordBatch]:
@@ -150,6 +164,12 @@ class ArrowTable:
         """Returns a whole column as Python objects, in the order of the rows."""
         return [value for batch in self._batches for value in batch.rows.column(name).to_pylist()]
 
+    def text_bytes(self, name: str) -> np.ndarray:
+        """Returns the lengths in bytes of all texts in a column of lists, row by row; the texts are not read."""
+        texts = [batch.column(name).flatten() for batch in self.batches if batch.num_rows]
+        lengths = [pc.binary_length(array).to_numpy() for array in texts if len(array)]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
+
     def image_bytes(self, index: int, column: str = "image") -> memoryview:
         """Returns the encoded bytes of an image (or mask) where they lie in the mapped file, without a copy.
 
@@ -170,7 +190,7 @@ class ArrowTable:
         digest, names = hashlib.sha256(), sorted(columns)
         for batch in self.batches:
             arrays = (batch.column(name) for name in names)
-            values = (pc.binary_length(array) if _IS_KIND["binary"](array.type) else array for array in arrays)
+            values = (pc.binary_length(array) if is_binary(array.type) else array for array in arrays)
             for row in zip(*(array.to_pylist() for array in values), strict=True):
                 digest.update(json.dumps(row).encode())
         return digest.hexdigest()
@@ -182,13 +202,13 @@ class ArrowTable:
         label 0, 1, ... (in a column of one 0 or 1 for every class, the first, second, ... of them) stands for.
 
         Raises:
-            UserError: What is written down cannot be read.
+            UserError: What is written down cannot be read, or is of another form.
         """
         facts = {}
         for batch in self._batches:
             written = (batch.rows.schema.metadata or {}).get(FACTS_KEY, b"{}")
             try:
-                facts[batch.path.name] = json.loads(written)
+                facts[batch.path.name] = read_facts(written)
             except ValueError as error:
                 raise UserError(f"{batch.path} is damaged in its metadata {FACTS_KEY.decode()!r}: {error}.") from None
         return facts
@@ -198,7 +218,7 @@ class ArrowTable:
         batch, row = self._find(index)
         return str(batch.path), batch.first_row + row
 
-    def _find(self, index: int) -> tuple["_Batch", int]:
+    def _find(self, index: int) -> tuple["Batch", int]:
         """Returns the batch that holds a row, and the row's number in the batch."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a table of {len(self)} rows")
@@ -295,15 +315,7 @@ def _pandas_metadata(columns: Mapping[str, str]) -> dict[str | bytes, str]:
     return {"pandas": json.dumps({"index_columns": [], "column_indexes": [], "columns": fields, "creator": creator})}
 
 
-class _Batch(NamedTuple):
-    """A record batch, its file, and the number of its first row in that file."""
-
-    rows: pa.RecordBatch
-    path: Path
-    first_row: int
-
-
-def _open_file(path: Path) -> list[_Batch]:
+def _open_file(path: Path) -> list[Batch]:
     """Returns the record batches of one arrow file, mapped into memory; one without rows if the file has none."""
     try:
         source = pa.memory_map(str(path))
@@ -313,61 +325,36 @@ def _open_file(path: Path) -> list[_Batch]:
         raise UserError(f"The arrow file {path} cannot be opened: {error}.") from None
     try:
         reader = pa.ipc.open_file(source)
+        check_size(reader.num_record_batches, 0, 0, source.size())
+        if is_compressed(source):
+            raise UserError(
+                f"{path} is compressed, so that its rows cannot stay in the file until they are asked for; write it "
+                "without compression."
+            )
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError) as error:
+        num_rows = sum(batch.num_rows for batch in batches)
+        check_size(len(batches), num_rows, sum(batch.get_total_buffer_size() for batch in batches), source.size())
+    except (pa.ArrowException, OSError, EOFError) as error:
         source.seek(0)
         if source.read(6) == b"ARROW1":
             raise UserError(
                 f"{path} is truncated or damaged: it starts as an Arrow file but does not end as one ({error})."
             ) from None
         raise UserError(f"{path} is not an Arrow IPC file, as `fastm3ae prepare` writes them: {error}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    _check_names(reader.schema, path)
     batches = batches or [_no_rows(reader.schema)]
     first_rows = itertools.accumulate((batch.num_rows for batch in batches), initial=0)
-    return [_Batch(batch, path, first_row) for batch, first_row in zip(batches, first_rows, strict=False)]
+    return [Batch(batch, path, first_row) for batch, first_row in zip(batches, first_rows, strict=False)]
+
+
+def _check_names(schema: pa.Schema, path: Path) -> None:
+    try:
+        schema.names  # noqa: B018
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged in the name of a column: {error}.") from None
 
 
 def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch([pa.array([], field.type) for field in schema], schema=schema)
-
-
-def _check_batch(batch: _Batch, columns: Mapping[str, str]) -> None:
-    """Raises a UserError unless the batch has the columns, of their kinds, intact and (but for images) not null."""
-    rows, path, first_row = batch
-    try:
-        names = rows.schema.names
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged in the name of a column: {error}.") from None
-    for name, kind in columns.items():
-        if names.count(name) != 1:
-            fault = f"has {names.count(name)} columns {name!r}" if name in names else f"has no column {name!r}"
-            raise UserError(f"{path} {fault}; its columns are {', '.join(names)}.{nearest(name, names)}")
-        array = rows.column(name)
-        if not _is_of_kind(array.type, kind):
-            raise UserError(f"{path}: column {name!r} has type {array.type}, expected {kind}.")
-        try:
-            array.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is damaged in column {name!r}: {error}.") from None
-        if kind != "binary" and _has_nulls(array):
-            row = first_row + next(i for i, value in enumerate(array.to_pylist()) if _is_or_holds_none(value))
-            raise UserError(f"{path}, row {row}: column {name!r} is null or holds a null; expected {kind}.")
-
-
-def _is_of_kind(found: pa.DataType, kind: str) -> bool:
-    if pa.types.is_null(found):  # What pandas makes of a column without a single value, as in an empty split.
-        return True
-    if kind.startswith("list<"):
-        return _is_list(found) and _is_of_kind(found.value_type, kind[5:-1])
-    return _IS_KIND[kind](found)
-
-
-def _is_list(found: pa.DataType) -> bool:
-    return pa.types.is_list(found) or pa.types.is_large_list(found)
-
-
-def _has_nulls(array: pa.Array) -> bool:
-    return array.null_count > 0 or (_is_list(array.type) and _has_nulls(array.flatten()))
-
-
-def _is_or_holds_none(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and any(_is_or_holds_none(item) for item in value))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -54,9 +54,8 @@ class ImageBatch:
 
     def _map_tensors(self: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(
-            self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        )
+        mapped: dict[str, Any] = {name: function(of) for name, of in values.items() if isinstance(of, Tensor)}
+        return dataclasses.replace(self, **mapped)
 
 
 @dataclass(kw_only=True)
@@ -223,6 +222,7 @@ class RetrievalBatch(ImageTextBatch):
 
     def candidates(self) -> tuple[Tensor, Tensor, np.ndarray]:
         """Returns each image's 1 + R texts, its own first: their ids, what of them is padding, and their lengths."""
+        assert self.num_tokens_B is not None and self.num_false_tokens_BR is not None, "__post_init__ makes them"
         ids_BRT = torch.cat([self.text_ids_BT[:, None], self.false_text_ids_BRT], dim=1)
         is_padding_BRT = torch.cat([self.is_padding_BT[:, None], self.is_false_text_padding_BRT], dim=1)
         return ids_BRT, is_padding_BRT, np.concatenate([self.num_tokens_B[:, None], self.num_false_tokens_BR], axis=1)

@@ -1,18 +1,34 @@
 """What an arrow file's rows mean: items are images, or pairs of an image and one of its texts, in the files' order."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from fastm3ae.data.arrow import ArrowTable
-from fastm3ae.data.images import decode_image
-from fastm3ae.errors import BadSample, UserError
+from fastm3ae.data.decode import decode_image, open_image
+from fastm3ae.errors import BadSample, UserError, listed, shown
 
-__all__ = ["ClassificationDataset", "ImageDataset", "PairDataset", "RowsOfImages", "VqaDataset"]
+__all__ = ["ClassificationDataset", "ImageDataset", "Images", "PairDataset", "RowsOfImages", "VqaDataset"]
+
+
+MOST_UNNAMED_LABELS = 100_000
+"""A file that does not name its labels may have so many: a model gets an output for each up to the largest."""
+
+
+class Images(Protocol):
+    """What batches are made of: images with ids, from anywhere."""
+
+    def __len__(self) -> int: ...
+
+    def image_id(self, index: int) -> str:
+        """Returns the id of an item's image."""
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an item's image, decoded."""
 
 
 class RowsOfImages:
@@ -68,7 +84,7 @@ class RowsOfImages:
     def _bad_sample(self, row: int, reason: str) -> BadSample:
         return BadSample(*self.table.locate(row), self.table.row(row, "image_id"), reason)
 
-    def _notes(self, num_items_of_files: Sequence[int], item: str) -> list[str]:
+    def _notes(self, num_items_of_files: np.ndarray, item: str) -> list[str]:
         """Returns a remark on each file without an item; raises a UserError if no file has one."""
         files = zip(self.table.paths, num_items_of_files, strict=True)
         empty = [str(file) for file, num_items in files if not num_items]
@@ -110,8 +126,8 @@ class ImageDataset(RowsOfImages):
             if len(values) != len(self.class_names) or not set(values) <= {0, 1}:
                 file, row_in_file = self.table.locate(row)
                 raise UserError(
-                    f"{file}, row {row_in_file}: the labels are {values}, expected a 0 or 1 for each of the "
-                    f"{len(self.class_names)} classes ({', '.join(self.class_names)})."
+                    f"{file}, row {row_in_file}: the labels are {shown(values)}, expected a 0 or 1 for each of the "
+                    f"{len(self.class_names)} classes ({listed(self.class_names)})."
                 )
         self.labels = np.array(labels, dtype=np.int8).reshape(-1, len(self.class_names))
         self.notes = self._notes(np.diff(self._first_row_of_file), "image")
@@ -127,7 +143,7 @@ class ImageDataset(RowsOfImages):
         if levels is None or not {level for _, level in levels} <= {0, 255}:
             raise self._bad_sample(index, f"the mask has other levels than 0 and 255, or colours (mode {mask.mode})")
         try:
-            with Image.open(io.BytesIO(self.table.image_bytes(index))) as image:  # reads no more than its header
+            with open_image(self.table.image_bytes(index)) as image:
                 size = image.size
         except (OSError, ValueError) as error:
             raise self._bad_sample(index, f"the image cannot be used: {error}") from error
@@ -149,7 +165,7 @@ class ImageDataset(RowsOfImages):
         (first, names), *others = self.label_names().items()
         for file, found in others:
             if found != names:
-                raise UserError(f"{file} has the classes {', '.join(found)}, but {first} has {', '.join(names)}.")
+                raise UserError(f"{file} has the classes {listed(found)}, but {first} has {listed(names)}.")
         return names
 
 
@@ -194,6 +210,11 @@ class PairDataset(RowsOfImages):
         """Returns the pair's text as it stands in the file."""
         return self.table.row(self.row[pair], self.text_column)[self.position[pair]]
 
+    @cached_property
+    def text_bytes(self) -> np.ndarray:
+        """How long each pair's text is, (num_pairs,) int64, without reading one."""
+        return self.table.text_bytes(self.text_column)
+
     def same_dataset(self, pair: int) -> range:
         """Returns all pairs of the pair's own file, itself included: what false images and texts are drawn from.
 
@@ -224,10 +245,10 @@ class PairDataset(RowsOfImages):
         return [value for values in rows for value in values]
 
     def _check_labels(self, column: str, labels_of_pairs: Sequence[Sequence[int]]) -> None:
-        """Raises a UserError that names the first label that is negative, or none of those that its file names."""
+        """Raises a UserError that names the first label that is negative, too large, or none that its file names."""
         names, bounds = self._names_of(column), self._first_pair_of_file
         for path, first, last in zip(self.table.paths, bounds, bounds[1:], strict=False):
-            num = len(names[path.name]) if path.name in names else float("inf")
+            num = len(names[path.name]) if path.name in names else MOST_UNNAMED_LABELS
             for pair in range(first, last):
                 for label in labels_of_pairs[pair]:
                     if not 0 <= label < num:
@@ -257,8 +278,8 @@ class VqaDataset(PairDataset):
         alpha: As of ``PairDataset``.
 
     Raises:
-        UserError: As ``PairDataset``, or a question has not one score for each answer, a label that its file does not
-            name, or an answer_type that is neither 0 nor 1.
+        UserError: As ``PairDataset``, or a question has not one finite score for each answer, a label that its file
+            does not name, or an answer_type that is neither 0 nor 1.
 
     Source: The original's datasets/vqa_vqa_rad_dataset.py.
     """
@@ -282,6 +303,8 @@ class VqaDataset(PairDataset):
                     f"{self._place(pair)} has {len(ids)} answer_labels and {len(scores)} answer_scores, expected one "
                     "score for each label."
                 )
+            if not np.isfinite(scores).all():
+                raise UserError(f"{self._place(pair)} has the answer_scores {shown(scores)}, expected finite numbers.")
         self._check_labels("answer_labels", self.answer_ids)
         answer_types = self._per_pair("answer_type")
         for pair, answer_type in enumerate(answer_types):

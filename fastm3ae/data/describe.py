@@ -1,7 +1,6 @@
 """What an arrow file holds: its columns, its texts or labels, its images, and hashes of its content."""
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +10,9 @@ from statistics import fmean, median
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from fastm3ae.data.arrow import ArrowTable
+from fastm3ae.data.decode import open_image
 
 __all__ = ["ArrowDescription", "describe_arrow"]
 
@@ -96,9 +95,11 @@ def describe_arrow(path: Path | str, max_images: int = 200) -> ArrowDescription:
         UserError: The file cannot be read, is damaged, or has no column of images.
     """
     path = Path(path)
-    schema = ArrowTable([path]).batches[0].schema
+    whole = ArrowTable([path])
+    whole.check_plain()
+    schema = whole.batches[0].schema
     text_columns = [name for name in TEXT_COLUMNS if name in schema.names]
-    facts = ArrowTable([path]).facts()[path.name]
+    facts = whole.facts()[path.name]
     label_names = facts.get("classes", {}).get("labels", [])
     label_columns = {name: kind for name, kind in LABEL_COLUMNS.items() if label_names and name in schema.names}
     table = ArrowTable.open([path], {"image": "binary"} | dict.fromkeys(text_columns, "list<string>") | label_columns)
@@ -135,7 +136,7 @@ def _read_headers(table: ArrowTable, column: str, rows: Iterable[int]) -> tuple[
     sizes_px = []
     for row in rows:
         try:
-            with Image.open(io.BytesIO(table.image_bytes(row, column))) as image:
+            with open_image(table.image_bytes(row, column)) as image:
                 formats[f"{image.format}, mode {image.mode}"] += 1
                 sizes_px.append(image.size)
         except (OSError, ValueError):

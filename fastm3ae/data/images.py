@@ -1,16 +1,16 @@
-"""Images: encoded bytes -> grey or RGB levels -> a square of 8-bit pixels -> the float input of a vision tower.
+"""Images: grey or RGB levels -> a square of 8-bit pixels -> the float input of a vision tower.
+
+Encoded bytes become levels in ``fastm3ae.data.decode``, which needs no torch.
 
 Pixels stay 8-bit until they are on the device that computes: a quarter of the bytes to collate, copy and keep.
 """
 
 import functools
-import io
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -20,7 +20,6 @@ from fastm3ae.kernels import resize_crop
 __all__ = [
     "FIXED_TRANSFORMS",
     "TRANSFORMS",
-    "decode_image",
     "make_mask_transform",
     "make_transform",
     "normalization",
@@ -37,50 +36,6 @@ BICUBIC, NEAREST = transforms.InterpolationMode.BICUBIC, transforms.Interpolatio
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def decode_image(
-    source: bytes | memoryview | Image.Image, alpha: Literal["composite", "official"] = "composite"
-) -> Image.Image:
-    """Returns the image with 8 bits per level, grey as ``L`` and colour as ``RGB``.
-
-    Most radiographs are stored in colour although every pixel is grey; they count as grey, which gives the same squares
-    in less time.
-
-    Grey images of more than 8 bits are scaled linearly, their darkest pixel to 0 and their brightest to 255. The first
-    frame of an animation or a stack counts. EXIF orientation is ignored, as by the original.
-
-    Args:
-        source: An encoded image in any format that Pillow reads, or one that Pillow has opened.
-        alpha: What becomes of a transparent image. composite: it is laid over black. official: it is returned as
-            ``RGBA``, and the transform weights colours by alpha when it resizes, then drops alpha. Opaque images do not
-            depend on this choice.
-
-    Raises:
-        ValueError: The bytes are no image, a truncated or damaged one, or one with more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``. The message is a part of a sentence.
-
-    Source: m3ae/datasets/base_dataset.py, ``get_raw_image``.
-    Deviation: The original opens every image as ``RGBA``, which for opaque images gives the same pixels in more time,
-        keeps the colours of transparent pixels, and clips grey levels over 255 to white.
-    """
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {limit}")
-        image.load()
-    except UnidentifiedImageError:
-        raise ValueError(f"the image cannot be decoded: its {len(source)} bytes are of no known format") from None
-    except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _scale_levels(image)
-    if image.has_transparency_data:
-        image = _resolve_alpha(image.convert("RGBA"), alpha)
-    if image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return _without_needless_colour(image) if image.mode == "RGB" else image
 
 
 def make_transform(name: str, image_size_px: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -200,28 +155,3 @@ def _middle(image: Image.Image, size_px: int) -> torch.Tensor:
 def _resize_crop(image: Image.Image, size_px: int) -> torch.Tensor:
     levels = torch.from_numpy(np.array(image))
     return resize_crop(levels.view(*levels.shape[:2], -1), size_px=size_px)
-
-
-def _scale_levels(image: Image.Image) -> Image.Image:
-    """Returns (x - min) / (max - min) * 255 as 8-bit grey; a constant image becomes black."""
-    levels = np.asarray(image).astype(np.float64)
-    low, high = levels.min(), levels.max()
-    if not np.isfinite([low, high]).all():
-        raise ValueError("the image has pixels that are not finite numbers")
-    scale = 255 / (high - low) if high > low else 0.0
-    return Image.fromarray(np.rint((levels - low) * scale).astype(np.uint8))
-
-
-def _without_needless_colour(image: Image.Image) -> Image.Image:
-    """Returns an ``RGB`` image as ``L`` if its three levels are equal in every pixel."""
-    red, green, blue = image.split()
-    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
-
-
-def _resolve_alpha(image: Image.Image, alpha: Literal["composite", "official"]) -> Image.Image:
-    least_alpha, _ = image.getextrema()[3]
-    if least_alpha == 255:
-        return image.convert("RGB")
-    if alpha == "official":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")

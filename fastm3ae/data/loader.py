@@ -1,8 +1,14 @@
 """The order of the pairs, their division among processes, the worker processes, and what happens to bad samples."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Literal
 
 import numpy as np
@@ -13,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import PretrainConfig, RunConfig
 from fastm3ae.data.arrow import dataset_files
+from fastm3ae.data.balance import Work, divide
 from fastm3ae.data.batch import ImageBatch
-from fastm3ae.data.batches import OF_EPOCH, Batches, BatchRequest, keyed_rng
-from fastm3ae.data.collate import PretrainBatches
+from fastm3ae.data.collate import OF_EPOCH, Batches, BatchRequest, keyed_rng
+from fastm3ae.data.collate_pairs import PretrainBatches
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.errors import BadSample, UserError
@@ -37,22 +44,24 @@ class Place:
     rank: int = 0
     num_ranks: int = 1
 
-    def pieces(self, num_pairs: int, is_training: bool) -> list[slice]:
-        """Returns the pieces of a batch of ``num_pairs``.
+    def pieces(self, num_pairs: int, is_training: bool, work: Work | None = None) -> list[list[int]]:
+        """Returns the pieces of a batch of ``num_pairs``: which of its pairs, in their order.
 
         In training every process gets its share, equal but for one pair. In validation the pieces are the same for any
         number of processes and dealt out in turn, because some controls look at a piece as a whole.
+
+        Args:
+            num_pairs: Pairs of the whole batch.
+            is_training: Whether it is one of training.
+            work: In what its pairs are unlike; the number of pieces and their sizes do not depend on it.
         """
         if is_training:
-            return self._cut(num_pairs * self.rank // self.num_ranks, num_pairs * (self.rank + 1) // self.num_ranks)
-        return self._cut(0, num_pairs)[self.rank :: self.num_ranks]
+            share = divide(range(num_pairs), self.num_ranks, work)[self.rank]
+            return divide(share, self._num_passes(len(share)), work)
+        return divide(range(num_pairs), self._num_passes(num_pairs))[self.rank :: self.num_ranks]
 
-    def _cut(self, start: int, stop: int) -> list[slice]:
-        if start == stop:
-            return []
-        num = -(-(stop - start) // self.micro_batch) if self.micro_batch else 1
-        bounds = [start + (stop - start) * k // num for k in range(num + 1)]
-        return list(map(slice, bounds, bounds[1:]))
+    def _num_passes(self, num_pairs: int) -> int:
+        return -(-num_pairs // (self.micro_batch or max(1, num_pairs)))
 
 
 WHOLE = Place()
@@ -70,6 +79,7 @@ class Loader:
     Attributes:
         num_pairs: Pairs of an epoch, those of an incomplete last batch included.
         bad_samples: What was left out since the current epoch was entered.
+        on_piece: Is called after each piece; does nothing, unless it is set.
 
     Args:
         batches: Makes the batches.
@@ -103,13 +113,18 @@ class Loader:
         pairs = np.arange(len(self.dataset)) if pairs is None else pairs
         self.num_pairs = len(pairs)
         if is_training and self.num_pairs < batch_size:
-            raise UserError(f"A batch needs {batch_size} pairs, but there are only {self.num_pairs} to train on.")
+            raise UserError(
+                f"A batch needs {batch_size} pairs, but there are only {self.num_pairs} to train on: lower "
+                "train.batch_size."
+            )
         if is_training and batch_size < place.num_ranks:
             raise UserError(f"{place.num_ranks} processes cannot share a batch of {batch_size} pairs.")
         self.on_bad_sample = on_bad_sample
         self.bad_samples: list[BadSample] = []
+        self.on_piece: Callable[[], None] = lambda: None
         self._epoch, self._num_given = 0, 0
-        self._order = _Order(pairs, batch_size, is_training, place, seed)
+        self._workers: list[BaseProcess] = []
+        self._order = _Order(batches, pairs, batch_size, is_training, place, seed)
         self._loader = DataLoader(
             batches,
             sampler=self._order,
@@ -117,7 +132,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_ctrl_c_to_the_trainer,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else it draws from torch's default one, on which dropout depends
         )
 
@@ -137,11 +152,12 @@ class Loader:
         self._epoch, self._num_given, self.bad_samples = epoch, first_batch, []
         self._order.epoch, self._order.first_batch = epoch, first_batch
         is_any_good = first_batch > 0
-        pieces = iter(self._loader)
+        pieces = self._pieces()
         for batch in range(first_batch, len(self)):
             good = []
-            for _ in self._order.parts(batch):
+            for _ in range(self._order.num_pieces(batch)):
                 piece = self._next(pieces)
+                self.on_piece()
                 if piece.bad_samples and self.on_bad_sample == "stop":
                     raise piece.bad_samples[0]
                 self.bad_samples += piece.bad_samples
@@ -152,16 +168,39 @@ class Loader:
         if not is_any_good and self.bad_samples:
             raise UserError(f"Not one pair can be used; the first of {len(self.bad_samples)}: {self.bad_samples[0]}")
 
+    def _pieces(self) -> Iterator[ImageBatch]:
+        """Returns the pieces; that a worker process died is found where they are waited for, within seconds."""
+        # PyTorch would raise it wherever this process is just then: in the middle of a step, or of saving.
+        is_told = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD) if is_told else None
+        others = multiprocessing.active_children()
+        with self._explained_death():
+            pieces = iter(self._loader)
+        self._workers += [process for process in multiprocessing.active_children() if process not in others]
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        return pieces
+
     def _next(self, pieces: Iterator[ImageBatch]) -> ImageBatch:
-        try:
+        with self._explained_death():
             return next(pieces)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+
+    @contextmanager
+    def _explained_death(self) -> Iterator[None]:
+        """Says in a sentence that a worker process died, whichever error shows it."""
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._workers or not wait([worker.sentinel for worker in self._workers], timeout=1):
                 raise
             raise UserError(
                 f"A process that loads data died, perhaps for want of memory (fewer train.num_workers need less): "
                 f"{error}"
             ) from error
+
+    def close(self) -> None:
+        """Ends the worker processes; there are no further epochs."""
+        del self._loader
 
     def state(self) -> tuple[int, int]:
         """Returns the arguments with which ``epoch`` continues after the last batch that was given."""
@@ -171,16 +210,18 @@ class Loader:
 class _Order:
     """The requests of the epoch that was set last, from the batch that was set last."""
 
-    def __init__(self, pairs: np.ndarray, batch_size: int, is_training: bool, place: Place, seed: int) -> None:
-        self.pairs, self.batch_size, self.is_training = pairs, batch_size, is_training
+    def __init__(
+        self, batches: Batches, pairs: np.ndarray, batch_size: int, is_training: bool, place: Place, seed: int
+    ) -> None:
+        self.batches, self.pairs, self.batch_size, self.is_training = batches, pairs, batch_size, is_training
         self.place, self.seed = place, seed
         self.num_batches = len(pairs) // batch_size if is_training else -(-len(pairs) // batch_size)
         self.epoch, self.first_batch = 0, 0
 
-    def parts(self, batch: int) -> list[slice]:
-        """Returns the pieces of a batch that this process works on."""
+    def num_pieces(self, batch: int) -> int:
+        """Returns how many pieces of a batch this process works on."""
         num_pairs = min(self.batch_size, len(self.pairs) - batch * self.batch_size)
-        return self.place.pieces(num_pairs, self.is_training)
+        return len(self.place.pieces(num_pairs, self.is_training))
 
     def __iter__(self) -> Iterator[BatchRequest]:
         epoch = self.epoch if self.is_training else 0
@@ -188,14 +229,23 @@ class _Order:
         if self.is_training:
             pairs = keyed_rng(self.seed, epoch, OF_EPOCH, 0).permutation(pairs)
         for batch in range(self.first_batch, self.num_batches):
-            whole = pairs[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            for part in self.parts(batch):
-                yield BatchRequest(epoch, batch, whole, part)
+            whole = BatchRequest(epoch, batch, pairs[batch * self.batch_size : (batch + 1) * self.batch_size].tolist())
+            work = self.batches.work(whole) if self.is_training else None
+            for part in self.place.pieces(len(whole.pairs), self.is_training, work):
+                yield replace(whole, part=part)
 
 
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer still needs this one to end in peace."""
+def _begin_worker(worker: int) -> None:
+    """Leaves Ctrl-C, which reaches every process of the terminal, to the trainer, and ends when the trainer does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """Ends this process when the one that started it is gone."""
+    # A trainer that was killed would leave it waiting for ever for somebody who reads its batches.
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def make_loader(

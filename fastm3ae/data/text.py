@@ -4,13 +4,14 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub import file_exists
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Encoding
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
 
-from fastm3ae.errors import UserError
+from fastm3ae.errors import UserError, first_line
 
-__all__ = ["encode", "fingerprint", "load_tokenizer"]
+__all__ = ["encode", "fingerprint", "hub_says", "is_path", "load_tokenizer"]
 
 LOCAL_FILES = "tokenizer.json, vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa)"
 
@@ -63,13 +64,13 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerFast:
         raise UserError(f"The tokenizer folder {folder} has vocab.json but no merges.txt beside it.")
     try:
         if files & {"tokenizer_config.json", "config.json"}:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if "vocab.txt" in files:
             return BertTokenizerFast.from_pretrained(folder, do_lower_case=_is_lower_case(folder / "vocab.txt"))
         if "vocab.json" in files:
             return RobertaTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the libraries raise bare Exception for a damaged tokenizer.json
-        raise UserError(f"The tokenizer in {folder} cannot be read: {error}.") from error
+        raise UserError(f"The tokenizer in {folder} cannot be read: {first_line(error)}") from error
     raise UserError(f"The tokenizer folder {folder} has tokenizer.json but no tokenizer_config.json beside it.")
 
 
@@ -79,15 +80,27 @@ def _is_lower_case(vocab: Path) -> bool:
 
 
 def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise UserError(f"The tokenizer folder {name} does not exist; expected a folder with {LOCAL_FILES}.")
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=not _hub_answers(name))
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=not _hub_answers(name))
     except (OSError, ValueError) as error:
         raise UserError(
             f"The tokenizer {name!r} is no local folder and could not be fetched from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}); a local folder with {LOCAL_FILES} works too."
+            f"({hub_says(error)}); a local folder with {LOCAL_FILES} works too."
         ) from error
+
+
+def is_path(name: str) -> bool:
+    """Returns whether this can be no name of the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def hub_says(error: BaseException) -> str:
+    """Returns why something is not to be had from the hub, as a part of a sentence."""
+    if HF_HUB_OFFLINE and isinstance(error, OSError):
+        return "HF_HUB_OFFLINE is set, and it is not in the hub's local cache"
+    return first_line(error)
 
 
 def _hub_answers(name: str) -> bool:

@@ -201,7 +201,8 @@ class GlobalHead(nn.Module):
         self.report = _Projection(text_width, config)
         self.temperature = config.temperature
         if config.learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+            # One-dimensional, because FSDP divides nothing else.
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
         else:
             self.log_temperature = None
 
@@ -211,7 +212,7 @@ class GlobalHead(nn.Module):
         if self.log_temperature is None:
             scale = torch.full((), 1 / self.temperature, dtype=image_BE.dtype, device=image_BE.device)
         else:
-            scale = (-self.log_temperature).exp().clamp(max=1 / MIN_TEMPERATURE)
+            scale = (-self.log_temperature[0]).exp().clamp(max=1 / MIN_TEMPERATURE)
         return GlobalFeatures(image_BE, report_BE, scale)
 
 

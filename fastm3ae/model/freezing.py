@@ -1,5 +1,7 @@
-"""Parts of a model that training leaves as they are."""
+"""Which mode the parts of a model are in: frozen ones that training leaves as they are, and all in an evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -29,3 +31,13 @@ class Freezable(nn.Module):
         for part in self.frozen:
             getattr(self, part).eval()
         return self
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts the model into evaluation mode, and at the end back into the one that it had."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastm3ae.config import ImageReconstructionConfig, MIMConfig
 from fastm3ae.kernels import masked_token_loss, restore_patches
+from fastm3ae.model.packed import call
 
 __all__ = [
     "HEADS",
@@ -151,7 +152,7 @@ class MIMDecoder(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BLD = block(x_BLD)
-        x_BLD = last(x_BLD)[:, 1:] if hidden_BU is None else rows_of_block(last, x_BLD, hidden_BU + 1)
+        x_BLD = last(x_BLD)[:, 1:] if hidden_BU is None else call(rows_of_block, last, x_BLD, hidden_BU + 1)
         return self.pixels(self.norm(x_BLD))
 
 

@@ -87,7 +87,9 @@ class M3AE(Freezable):
 
     def encode_text(self, ids_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
         """Returns a text's features before fusion, modality embedding included: (B, T, D)."""
-        hidden_BTD = encode_tokens(self.text, ids_BT, is_padding_BT)
+        return self._project_text(encode_tokens(self.text, ids_BT, is_padding_BT))
+
+    def _project_text(self, hidden_BTD: Tensor) -> Tensor:
         return self.text_proj(hidden_BTD) + self.modality_embeddings.weight[0]
 
     def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
@@ -97,7 +99,9 @@ class M3AE(Freezable):
             image_BCHW: Normalised pixels.
             keep_BK: int64 indices of the visible patches; None: all patches are visible.
         """
-        hidden_BLD = encode_pixels(self.vision, image_BCHW, keep_BK)
+        return self._project_image(encode_pixels(self.vision, image_BCHW, keep_BK))
+
+    def _project_image(self, hidden_BLD: Tensor) -> Tensor:
         return self.image_proj(hidden_BLD) + self.modality_embeddings.weight[1]
 
     def pool(self, text_BTD: Tensor, image_BLD: Tensor) -> Tensor:
@@ -111,8 +115,12 @@ class M3AE(Freezable):
 
     def cls_features(self, image_BCHW: Tensor, ids_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
         """Returns the pooled features (B, 2 D) of unmasked images and texts."""
-        text_BTD = self.encode_text(ids_BT, is_padding_BT)
-        states = self.fusion(text_BTD, self.encode_image(image_BCHW), is_padding_BT)
+        hidden_BTD = encode_tokens(self.text, ids_BT, is_padding_BT)
+        return self.fused(hidden_BTD, encode_pixels(self.vision, image_BCHW), is_padding_BT)
+
+    def fused(self, hidden_BTD: Tensor, hidden_BLD: Tensor, is_padding_BT: Tensor) -> Tensor:
+        """Returns the pooled features (B, 2 D) of what the towers make of unmasked texts and images."""
+        states = self.fusion(self._project_text(hidden_BTD), self._project_image(hidden_BLD), is_padding_BT)
         return self.pool(states.text[-1], states.image[-1])
 
     def mlm(self, batch: PretrainBatch) -> MLMOutputs:

@@ -16,7 +16,7 @@ whose it is.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class MPMA(Freezable):
     """Two towers, the fusion, and a head for each objective.
 
     Args:
-        config: The model's configuration, with the vocabulary resolved (``fastm3ae.pretrained.resolve_text``).
+        config: The model's configuration, with the vocabulary resolved (``fastm3ae.weights.towers.resolve_text``).
     """
 
     def __init__(self, config: MPMAConfig) -> None:
@@ -55,7 +55,7 @@ class MPMA(Freezable):
         self.vision = build_vision(vision)
         self.text = build_text(config.text, config.init_std)
         towers = self.vision.num_features, config.text.width
-        is_task = objectives[0] in TASKS
+        is_task = self.is_of_task
         is_fused = is_task or "report_reconstruction" in objectives
         if is_fused:
             self.image_proj = nn.Linear(towers[0], width)
@@ -116,15 +116,33 @@ class MPMA(Freezable):
 
     def embed(self, batch: ImageTextBatch) -> GlobalFeatures:
         """Returns the features of the whole, unmasked images and reports, for retrieval."""
-        plan = MPMAPlan(batch, self.config, is_retrieval=True)
+        plan = MPMAPlan(batch, self.config, whole="alignment")
         plan.send(batch.image_BCHW.device)
         return self._global_alignment(self._encode(batch, plan)["alignment"], batch, plan, call)
+
+    @property
+    def is_of_task(self) -> bool:
+        """Whether it is fine-tuned for questions or classes, and fuses whole images and texts."""
+        return self.config.objectives[0] in TASKS
+
+    def fused(self, hidden_BTD: Tensor, hidden_BLD: Tensor, batch: ImageTextBatch) -> Tensor:
+        """Returns the pooled features (B, 2 D) of what the towers make of unmasked texts and images; for a task."""
+        plan = MPMAPlan(batch, self.config)
+        plan.send(hidden_BLD.device)
+        sides = (Encoded(x, None, None) for x in (hidden_BLD, hidden_BTD[~batch.is_padding_BT]))
+        return self._pooled(Sides(*sides, None), plan, call)
 
     def mlm_logits(self, batch: PretrainBatch) -> Tensor:
         """Returns the logits (M, V) of the hidden words, for those who want to see the predictions."""
         plan = MPMAPlan(batch, self.config)
         plan.send(batch.image_BCHW.device)
-        return self.mlm_head(self._hidden_words(self._encode(batch, plan)["report_reconstruction"], plan, call))
+        return self.mlm_head(self._fused_tokens(self._encode(batch, plan)["report_reconstruction"], plan, call))
+
+    def fuse_whole(self, batch: ImageTextBatch) -> Tensor:
+        """Returns all tokens of the whole, unmasked texts beside their whole images, one text after another: (S, D)."""
+        plan = MPMAPlan(batch, self.config, whole="fusion")
+        plan.send(batch.image_BCHW.device)
+        return self._fused_tokens(self._encode(batch, plan)["fusion"], plan, call)
 
     def _encode(self, batch: ImageTextBatch, plan: "MPMAPlan", run: Run = call) -> dict[str, "Sides"]:
         image_BCHW, config = batch.image_BCHW, self.config
@@ -148,9 +166,9 @@ class MPMA(Freezable):
         return MIMOutputs(self.mim_decoder(image_BLD, sides.restore_BN, hidden_BU), hidden_BU)
 
     def _report_reconstruction(self, sides: "Sides", batch: PretrainBatch, plan: "MPMAPlan", run: Run) -> MLMOutputs:
-        return self.mlm_head.loss(self._hidden_words(sides, plan, run), batch.masked_labels_M)
+        return self.mlm_head.loss(self._fused_tokens(sides, plan, run), batch.masked_labels_M)
 
-    def _hidden_words(self, sides: "Sides", plan: "MPMAPlan", run: Run) -> Tensor:
+    def _fused_tokens(self, sides: "Sides", plan: "MPMAPlan", run: Run) -> Tensor:
         patches_SD = self.image_proj(sides.image.tokens_SD[:, 1:].flatten(0, 1))
         return self.fusion(self.text_proj(sides.text.tokens_SD), patches_SD, plan.fusion.layers, run)
 
@@ -224,14 +242,17 @@ class MPMAPlan:
     Args:
         batch: The batch; one of pre-training where a side of it is to be masked.
         config: The model's configuration.
-        is_retrieval: Only whole images and reports are encoded, for alignment.
+        whole: Whole images and reports are encoded, and nothing else: for alignment, or for a fusion of which every
+            token is read; None: what the objectives read.
     """
 
-    def __init__(self, batch: ImageTextBatch, config: MPMAConfig, is_retrieval: bool = False) -> None:
+    def __init__(
+        self, batch: ImageTextBatch, config: MPMAConfig, whole: Literal["alignment", "fusion"] | None = None
+    ) -> None:
         num_patches = config.vision.num_patches
         num_kept = num_kept_patches(num_patches, config.image.patch_frac)
-        is_full = is_retrieval or config.alignment.view == "full"
-        sides = ["alignment"] if is_retrieval else list(dict.fromkeys(map(_side_of, config.objectives)))
+        is_full = whole == "alignment" or config.alignment.view == "full"
+        sides = [whole] if whole is not None else list(dict.fromkeys(map(_side_of, config.objectives)))
         self.towers: Plan = make_plan(
             {side: _reads(side, batch, config, is_full) for side in sides},
             num_images=len(batch.image_BCHW),
@@ -244,7 +265,10 @@ class MPMAPlan:
         self.first_rows = Index(starts_B)
         self._indices = [*self.towers.indices(), self.first_rows]
         self.fusion: FusionPlan | None = None
-        if "task" in sides:
+        if "fusion" in sides:
+            images, all_rows = Layout(np.full(len(batch), num_patches)), np.arange(texts.num_tokens)
+            self.fusion = FusionPlan(texts, images, all_rows, batch.num_tokens_B, num_layers)
+        elif "task" in sides:
             images = Layout(np.full(len(batch), num_patches))
             self.fusion = FusionPlan(texts, images, starts_B, np.ones(len(batch), np.int64), num_layers)
         elif "report_reconstruction" in sides:
@@ -284,7 +308,7 @@ class MPMAPlan:
 
 def _reads(side: str, batch: ImageTextBatch, config: MPMAConfig, is_full: bool) -> Reads:
     """Returns what a side sees, and that it reads all of it; ``is_full``: alignment sees everything."""
-    sees_all = side == "task" or (side == "alignment" and is_full)
+    sees_all = side in ("task", "fusion") or (side == "alignment" and is_full)
     sees_image = sees_all or (side == "report_reconstruction" and config.masking == "separate")
     pairs, everything = np.arange(len(batch)), Read(0)
     ids_BT = batch.text_ids_BT if sees_all else batch.mlm_ids_BT

@@ -45,11 +45,17 @@ Run = Callable[..., Any]
 
 
 def call(function: Callable[..., Any], *arguments) -> Any:
-    """Returns what the function returns."""
-    return function(*arguments)
+    """Returns what the function returns.
+
+    A layer whose weights are divided among processes gathers them around it: see ``fastm3ae.training.parallel``.
+    """
+    enter = getattr(arguments[0], "enter", None)
+    return function(*arguments) if enter is None else enter(function, *arguments[1:])
 
 
-checkpointed: Run = partial(checkpoint, use_reentrant=False)
+def checkpointed(function: Callable[..., Any], *arguments) -> Any:
+    """Returns what the function returns, and computes it again in the backward pass."""
+    return call(partial(checkpoint, function, use_reentrant=False), *arguments)
 
 
 def maybe_compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

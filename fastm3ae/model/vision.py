@@ -4,6 +4,7 @@ The passes here call the tower's submodules (patch embedding, blocks, norms), be
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ __all__ = [
     "num_image_tokens",
     "resize_bias_tables",
     "resize_positions",
+    "timm_model",
 ]
 
 
@@ -34,31 +36,24 @@ def build_vision(config: VisionConfig) -> VisionTransformer | SwinTransformer:
     Source of the others: m3ae/modules/vision_encoders/clip_model.py (pre-norm ViT, QuickGELU, eps 1e-5, heads of width
     64, norm on all tokens, no projection) and swin_transformer.py (windows of image size / 32, no classifier).
     """
+    _, sizes = timm_model(config)
     if config.kind == "swin":
-        return SwinTransformer(
-            img_size=config.image_size_px,
-            patch_size=config.patch_size_px,
-            num_classes=0,
-            global_pool="",
-            embed_dim=config.width,
-            depths=config.swin_num_blocks,
-            num_heads=config.swin_num_heads,
-            window_size=config.image_size_px // 32,
-            drop_path_rate=config.swin_drop_path_frac,
-        )
-    vit = partial(
-        VisionTransformer,
-        img_size=config.image_size_px,
-        patch_size=config.patch_size_px,
-        num_classes=0,
-        global_pool="",
-        embed_dim=config.width,
-        depth=config.num_blocks,
-        num_heads=config.width // 64,
-    )
+        return SwinTransformer(num_classes=0, global_pool="", drop_path_rate=config.swin_drop_path_frac, **sizes)
+    vit = partial(VisionTransformer, num_classes=0, global_pool="", **sizes)
     if config.kind == "vit":
         return vit()
     return vit(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5), act_layer=QuickGELU)
+
+
+def timm_model(config: VisionConfig) -> tuple[str, dict[str, Any]]:
+    """Returns which of timm's models the tower is, and its sizes, as arguments of ``timm.create_model``."""
+    sizes = {"img_size": config.image_size_px, "patch_size": config.patch_size_px, "embed_dim": config.width}
+    if config.kind == "swin":
+        window_size = config.image_size_px // 32
+        stages = {"depths": config.swin_num_blocks, "num_heads": config.swin_num_heads, "window_size": window_size}
+        return "swin_base_patch4_window7_224", sizes | stages
+    name = "vit_base_patch16_224" if config.kind == "vit" else "vit_base_patch16_clip_quickgelu_224"
+    return name, sizes | {"depth": config.num_blocks, "num_heads": config.width // 64}
 
 
 def clip_front(vit: VisionTransformer, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
@@ -75,7 +70,7 @@ def clip_front(vit: VisionTransformer, image_BCHW: Tensor, keep_BK: Tensor | Non
     x_BND = vit.patch_embed(image_BCHW)
     if keep_BK is not None:
         return vit.norm_pre(gather_patches(x_BND, keep_BK, vit.pos_embed[0], vit.cls_token[0, 0]))
-    cls_B1D = vit.cls_token.expand(len(x_BND), -1, -1)
+    cls_B1D = vit.cls_token.expand(x_BND.shape[0], -1, -1)  # len() would fix the size in a graph of torch.export
     return vit.norm_pre(torch.cat([cls_B1D, x_BND], dim=1) + vit.pos_embed)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastm3ae.config import FinetuneConfig, PretrainConfig
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.errors import UserError, listed, nearest, shown
 
 __all__ = ["DEFAULTS", "NAMED_CONFIGS", "OfficialRun", "arguments_of", "parse_official"]
 
@@ -184,7 +184,7 @@ def parse_official(arguments: Sequence[str]) -> OfficialRun:
     for name in named:
         if name not in NAMED_CONFIGS:
             known = [*NAMED_CONFIGS, *(f"{key}=..." for key in DEFAULTS)]
-            raise UserError(f"The original has no named configuration {name!r}.{nearest(name, known)}")
+            raise UserError(f"The original has no named configuration {shown(name)}.{nearest(name, known)}")
         config = _updated(config, NAMED_CONFIGS[name])
     return OfficialRun(config=deepcopy(_updated(config, changes)), given=tuple(changes), ours=ours)
 
@@ -192,7 +192,7 @@ def parse_official(arguments: Sequence[str]) -> OfficialRun:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deeply
         return text
 
 
@@ -211,7 +211,7 @@ def _updated(config: Mapping[str, Any], changes: Mapping[str, Any], where: str =
     for key, value in changes.items():
         if key not in config:
             known = config if where else [*config, *_OUR_KEYS]
-            raise UserError(f"The original has no configuration key {where}{key}.{nearest(key, known)}")
+            raise UserError(f"The original has no configuration key {where}{listed([str(key)])}.{nearest(key, known)}")
         if isinstance(config[key], dict) and isinstance(value, dict):
             updated[key] = _updated(config[key], value, f"{where}{key}.")
         else:
@@ -224,14 +224,19 @@ def _checked(key: str, value: Any) -> Any:
     kinds = (type(DEFAULTS.get(key, 0)), *_ALSO.get(key, ()))  # the values of the nested dictionaries are whole numbers
     if isinstance(value, tuple):
         value = list(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key} must be a number of at most 64 bits, got {shown(value)}.")
     if bool in kinds and value in (0, 1):
         return bool(value)
     if kinds[0] is int and float not in kinds and type(value) is float and value.is_integer():  # max_steps=1e5
         return int(value)
     if kinds == (str,) and type(value) in (int, float):  # exp_name=7
-        return str(value)
+        return shown(value)
     if type(value) not in kinds and not (float in kinds and type(value) is int):
         expected = " or ".join(_KIND_WORDS[kind] for kind in kinds)
         hint = f' In a shell, quote the list: \'{key}=["a", "b"]\'.' if list in kinds and key != "num_gpus" else ""
-        raise UserError(f"{key} must be {expected}, got {value!r}.{hint}")
+        raise UserError(f"{key} must be {expected}, got {shown(value)}.{hint}")
+    item = int if key == "num_gpus" else str
+    if isinstance(value, list) and not all(type(one) is item for one in value):
+        raise UserError(f"{key} must be a list, each {_KIND_WORDS[item]}, got {shown(value)}.")
     return value

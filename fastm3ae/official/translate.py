@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastm3ae.config import PRETRAINING_OBJECTIVES, FinetuneConfig, PretrainConfig
-from fastm3ae.configfile import from_dict
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.config.files import from_dict
+from fastm3ae.errors import UserError, first_line, nearest, shown
 from fastm3ae.official.arguments import OfficialRun
 
 __all__ = ["heads_and_fusion", "to_run_config"]
@@ -227,10 +227,20 @@ def _train(run: OfficialRun) -> dict[str, Any]:
 
 
 def _run_folder(official: Mapping[str, Any], *, go_on: bool) -> str:
-    """Returns the next free version_N, or the newest one if the run is to go on where that ended."""
+    """Returns the next free version_N, or the newest one if the run is to go on where that ended.
+
+    Raises:
+        UserError: The name of the experiment leads out of ``log_dir``, or there can be no folder of such a name.
+    """
+    name = Path(official["exp_name"])
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"exp_name must be a name within log_dir, got {shown(official['exp_name'])}.")
     load_path = official["load_path"].replace("/", "_")
     folder = Path(official["log_dir"]) / f"{official['exp_name']}-seed{official['seed']}-from_{load_path}"
-    versions = [re.fullmatch(r"version_(\d+)", path.name) for path in folder.glob("version_*")]
+    try:
+        versions = [re.fullmatch(r"version_([0-9]{1,9})", path.name) for path in folder.glob("version_*")]
+    except (OSError, ValueError) as error:  # too long, or of characters that no name has
+        raise UserError(f"The run folder cannot be {shown(str(folder))}: {first_line(error)[:100]}.") from error
     newest = max((int(match[1]) for match in versions if match), default=-1)
     return str(folder / f"version_{newest if go_on and newest >= 0 else newest + 1}")
 
@@ -243,9 +253,10 @@ def _notes(run: OfficialRun) -> list[str]:
         no_effect.append("max_epoch (max_steps is set; max_steps=None makes it count)")
     if no_effect:
         notes.append(f"Without effect here: {', '.join(no_effect)}.")
-    if official["num_gpus"] not in (run.num_gpus, list(range(run.num_gpus))):
+    asked = official["num_gpus"]
+    if isinstance(asked, list) and any(gpu != number for number, gpu in enumerate(asked)):
         notes.append(
-            f"num_gpus={official['num_gpus']} means the first {run.num_gpus} GPUs, as in the original; "
+            f"num_gpus={shown(asked)} means the first {run.num_gpus} GPUs, as in the original; "
             f"CUDA_VISIBLE_DEVICES chooses others."
         )
     return notes

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from fastm3ae.config import DataConfig, FinetuneConfig, TaskConfig
-from fastm3ae.configfile import from_dict, to_dict
+from fastm3ae.config import FinetuneConfig, ModelConfig, RunConfig, TaskConfig
+from fastm3ae.config.files import from_dict, to_dict
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import build_model
-from fastm3ae.pretrained import has_tokenizer, init_model, read_about, read_tokenizer, resolve
 from fastm3ae.tasks.task import Loaded, Task
+from fastm3ae.weights.header import check_fits
+from fastm3ae.weights.pretrained import data_of, init_model, own_tokenizer, read_about
+from fastm3ae.weights.towers import read_tokenizer, resolve
 
 __all__ = ["load_finetuned", "read_finetuned", "read_pretrained"]
 
@@ -37,11 +39,7 @@ def read_finetuned(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
 
 
 def _with_own_tokenizer(run: FinetuneConfig, checkpoint: Path) -> FinetuneConfig:
-    """Returns a run with the tokenizer of the checkpoint's folder, if it has one."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if not has_tokenizer(folder):
-        return run
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
+    return dataclasses.replace(run, data=own_tokenizer(run.data, checkpoint))
 
 
 def load_finetuned(checkpoint: Path, run: FinetuneConfig, task: Task, device: torch.device) -> Loaded:
@@ -57,7 +55,8 @@ def load_finetuned(checkpoint: Path, run: FinetuneConfig, task: Task, device: to
         UserError: The tokenizer or the weights cannot be read, or do not fit the model.
     """
     tokenizer = read_tokenizer(run)
-    run = resolve(dataclasses.replace(run, model=task.with_head(run.model)), tokenizer)
+    run = resolve(dataclasses.replace(run, model=_resolved(task.with_head(run.model))), tokenizer)
+    check_fits(run.model, checkpoint)
     model = build_model(run.model)
     report = init_model(model, checkpoint)
     # The retrieval head starts as a part of the matching head: a pre-trained model has it.
@@ -65,6 +64,13 @@ def load_finetuned(checkpoint: Path, run: FinetuneConfig, task: Task, device: to
     if new:
         raise UserError(f"{checkpoint} lacks {', '.join(sorted(new))}, which {run.task.kind} needs.")
     return Loaded(run, tokenizer, model.to(device).eval())
+
+
+def _resolved(model: ModelConfig) -> ModelConfig:
+    """Returns a model whose language tower is not looked for where its sizes are known: its weights are here."""
+    if not model.has_texts or model.text.vocab_size is None:
+        return model
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, weights="random"))
 
 
 def read_pretrained(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
@@ -83,7 +89,7 @@ def read_pretrained(checkpoint: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
     run = FinetuneConfig(
         task=TaskConfig(kind="retrieval"),
         model=model,
-        data=from_dict(DataConfig(), trained.get("data", {})),
-        seed=trained.get("seed", 0),
+        data=data_of(about, checkpoint),
+        seed=from_dict(RunConfig(), {"seed": trained.get("seed", 0)}).seed,
     )
-    return _with_own_tokenizer(run, checkpoint), {"config": to_dict(run), "weights_were_random": False, **about}
+    return run, {"config": to_dict(run), "weights_were_random": False, **about}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.batch import ClassificationBatch
-from fastm3ae.data.collate import ClassificationBatches
+from fastm3ae.data.collate_pairs import ClassificationBatches
 from fastm3ae.data.datasets import ClassificationDataset
 from fastm3ae.tasks.labels import ChoiceTask
 from fastm3ae.tasks.metrics import Interval, classification_metrics

@@ -55,7 +55,7 @@ class About(TypedDict):
     split: str
     """Which split: "test"."""
     configuration: dict[str, Any]
-    """The whole configuration of the training (``configfile.to_dict``)."""
+    """The whole configuration of the training (``config.files.to_dict``)."""
     seed: int
     """Seed of the training."""
     options: dict[str, Any]

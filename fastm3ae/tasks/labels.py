@@ -1,17 +1,20 @@
 """Tasks with labels: what these stand for, as the data files say, and that all files agree."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastm3ae.config import FinetuneConfig
+from fastm3ae.config import EvaluateConfig, FinetuneConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.datasets import ClassificationDataset, ImageDataset, VqaDataset
+from fastm3ae.device import batch_mover
 from fastm3ae.errors import UserError
 from fastm3ae.tasks.evaluation import Evaluation
-from fastm3ae.tasks.task import NUM_HARDEST, Item, Task
+from fastm3ae.tasks.task import NUM_HARDEST, Item, Loaded, Progress, Task, left_out, with_notes
 
 __all__ = ["ChoiceTask", "Chosen", "LabelledTask", "check_labels", "read_labels"]
 
@@ -55,6 +58,33 @@ class LabelledTask(Task):
         dataset = super().dataset(split)
         check_labels(dataset, self.labels, "the model")
         return dataset
+
+    @torch.inference_mode()
+    def evaluate(self, loaded: Loaded, asked: EvaluateConfig, progress: Progress) -> tuple[Evaluation, Labelled]:
+        """Returns how well a model does the task on a split, and the split's items."""
+        config, tokenizer, model = loaded
+        num_workers = min(asked.num_workers, os.cpu_count() or 1)
+        loader = self.loader(config, tokenizer, asked.split, num_workers=num_workers, is_training=False)
+        to_device, items, num_done = batch_mover(config.data, loaded.device), [], 0
+        for pieces in loader.epoch(0):
+            for batch in pieces:
+                with loaded.autocast():
+                    outputs = model(to_device(batch))
+                items += self.items(outputs[self.objective], batch)
+            num_done = min(num_done + asked.batch_size, loader.num_pairs)
+            progress(num_done, loader.num_pairs)
+        evaluation = self.evaluation(items, self.squares(config, loader.dataset), num_resamples=asked.num_resamples)
+        return with_notes(evaluation, left_out(loader.bad_samples)), loader.dataset
+
+    @abstractmethod
+    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
+        """Returns the metrics and what else an evaluation leaves behind.
+
+        Args:
+            items: All items.
+            square: Gives the image of a pair as the model sees it, (3, S, S) in [0, 1].
+            **resampling: What ``bootstrap`` takes.
+        """
 
 
 class ChoiceTask(LabelledTask):

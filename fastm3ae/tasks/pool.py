@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.data.collate import stack
+from fastm3ae.data.collate_pairs import stack
 from fastm3ae.data.datasets import ImageDataset, PairDataset
 from fastm3ae.data.images import make_transform, normalization, normalize
 from fastm3ae.data.text import encode

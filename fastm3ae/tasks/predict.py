@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig
-from fastm3ae.data.batch import ImageTextBatch
-from fastm3ae.data.batches import BatchRequest
-from fastm3ae.data.collate import PairBatches
-from fastm3ae.data.images import decode_image
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import TextBatches
+from fastm3ae.data.given import GivenPairs, ImageSource
 from fastm3ae.data.loader import transform_of
 from fastm3ae.data.text import encode
 from fastm3ae.device import autocast_context, batch_mover, pick_device
@@ -29,9 +27,6 @@ from fastm3ae.tasks.labels import ChoiceTask
 from fastm3ae.tasks.registry import make_task
 
 __all__ = ["Choices", "ImageSource", "Predictor"]
-
-ImageSource = Image.Image | bytes | str | os.PathLike[str]
-"""An image: of Pillow, its encoded bytes, or the path of its file."""
 
 Choices = list[tuple[str, float]]
 """Labels with their probabilities, the best first."""
@@ -93,6 +88,7 @@ class Predictor:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, precision=precision))
         task = make_task(run, about)
         run, tokenizer, model = load_finetuned(path, run, task, pick_device(device))
+        assert isinstance(task, ChoiceTask) and tokenizer is not None, "as METHODS says"
         return cls(path, run, task, tokenizer, model)
 
     def answer(self, image: ImageSource, question: str, top: int = 5) -> Choices:
@@ -147,8 +143,8 @@ class Predictor:
             )
         if top < 1:
             raise UserError(f"top must be at least 1, got {top}.")
-        batches = _GivenBatches(
-            _Given(pairs, self.run.data.alpha),
+        batches = TextBatches(
+            GivenPairs(pairs, self.run.data.alpha),
             self.tokenizer,
             transform_of(self.run, is_training=False),
             max_text_tokens=self.run.data.max_text_tokens,
@@ -164,38 +160,3 @@ class Predictor:
             for labels, probabilities in zip(chosen.labels.tolist(), chosen.probabilities.tolist(), strict=True):
                 found.append([(self.labels[label], p) for label, p in zip(labels, probabilities, strict=True)])
         return found
-
-
-class _Given:
-    """Images and texts that were given, in the place of a data set."""
-
-    def __init__(self, pairs: Sequence[tuple[ImageSource, str]], alpha: Literal["composite", "official"]) -> None:
-        self.pairs, self.alpha = pairs, alpha
-
-    def text(self, pair: int) -> str:
-        return self.pairs[pair][1]
-
-    def image_id(self, pair: int) -> str:
-        source = self.pairs[pair][0]
-        return str(source) if isinstance(source, (str, os.PathLike)) else f"number {pair + 1}"
-
-    def image(self, pair: int) -> Image.Image:
-        source = self.pairs[pair][0]
-        try:
-            if isinstance(source, (str, os.PathLike)):
-                source = Path(source).expanduser().read_bytes()
-            return decode_image(source, self.alpha)
-        except OSError as error:
-            raise UserError(f"The image {self.image_id(pair)} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise UserError(f"The image {self.image_id(pair)} cannot be used: {error}.") from error
-
-
-class _GivenBatches(PairBatches):
-    """Pairs of which nothing is expected."""
-
-    dataset: _Given
-
-    def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        samples, bad_samples = self._collect(request, self._sample)
-        return ImageTextBatch(**self._common_fields(samples, bad_samples))

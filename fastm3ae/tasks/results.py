@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastm3ae.configfile import differences
+from fastm3ae.config.files import differences
 from fastm3ae.errors import UserError
 from fastm3ae.tasks.evaluation import (
     METRICS_FILE,

@@ -14,18 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig, ModelConfig
 from fastm3ae.data.batch import RetrievalBatch
-from fastm3ae.data.collate import RetrievalBatches
+from fastm3ae.data.collate_pairs import RetrievalBatches
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.loader import transform_of
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.pretrained import read_tokenizer
 from fastm3ae.tasks.checkpoint import load_finetuned, read_pretrained
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval, bootstrap, recall_metrics
 from fastm3ae.tasks.pool import ReadyModel
 from fastm3ae.tasks.search import Preselection, Retrieval, retrieve
 from fastm3ae.tasks.task import NUM_HARDEST, Item, Loaded, Progress, Task, left_out
+from fastm3ae.weights.towers import read_tokenizer
 
 __all__ = ["RetrievalTask", "ready_model"]
 
@@ -93,10 +93,6 @@ class RetrievalTask(Task):
         )
         return self._evaluation(found, dataset, self.squares(loaded.config, dataset), asked.num_resamples), dataset
 
-    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
-        """Returns how often the own text is chosen among the drawn ones."""
-        return Evaluation(metrics=self.metrics(items, **resampling), predictions=[])
-
     def _evaluation(
         self, found: Retrieval, dataset: PairDataset, square: Callable[[int], Tensor], num_resamples: int
     ) -> Evaluation:
@@ -110,7 +106,7 @@ class RetrievalTask(Task):
         hardest = [
             (
                 square(pair_of_id[row["image_id"]]),
-                [*(f"{key}: {row[key]}" for key in ("expected", "predicted", "rank"))],
+                [f"{key}: {row[key]}" for key in ("expected", "predicted", "rank")],
             )
             for row in of_images[:NUM_HARDEST]
             if row["rank"] > 1

@@ -6,8 +6,8 @@ alignment's features.
 Source: ``compute_irtr_recall`` in the original's modules/objectives.py, which runs the whole model for every pair.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastm3ae.data.collate import pad
+from fastm3ae.data.collate_pairs import pad
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.errors import BadSample, UserError
-from fastm3ae.model.build import Model
 from fastm3ae.model.embed import embed_images, embed_reports
 from fastm3ae.model.mpma import MPMA
 from fastm3ae.model.pair_scores import PairScorer
@@ -169,7 +168,7 @@ def score_pool(
     is_fused = ready.model.config.kind == "m3ae"
     if preselection is not None and not is_fused:
         raise UserError("A preselection is for a model with a fusion; the scores of an MPMA are alignment's already.")
-    with torch.inference_mode(), _evaluating(ready.model):
+    with torch.inference_mode(), ready.model.evaluating():
         if is_fused:
             scorer = PairScorer(ready.model, autocast, pairs_per_pass)
             selected = None if preselection is None else _select(pool, preselection, autocast)
@@ -306,7 +305,7 @@ def _embed(pool: Pool, ready: ReadyModel, autocast: Autocast) -> tuple[Tensor, T
 
 def _select(pool: PairPool, preselection: Preselection, autocast: Autocast) -> np.ndarray:
     """Returns the preselected pairs, image * T + text, rising."""
-    with _evaluating(preselection.ready.model):
+    with preselection.ready.model.evaluating():
         image_IE, text_TE = _embed(pool, preselection.ready, autocast)
     is_good_I, is_good_T = pool.is_good_I, pool.is_good_I[pool.image_of_text_T]
     num = preselection.num_preselected
@@ -323,13 +322,3 @@ def _nearest(
     num, x_XE, y_YE = min(num, len(good_Y)), x_XE[good_X], y_YE[good_Y]
     parts = [(part @ y_YE.T).topk(num).indices.flatten().cpu().numpy() for part in x_XE.split(EMBEDDED_AT_A_TIME)]
     return np.repeat(good_X, num), good_Y[np.concatenate([np.zeros(0, np.int64), *parts])]
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -1,7 +1,6 @@
 """What every downstream task is, to fine-tuning and to evaluation."""
 
 import dataclasses
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from fastm3ae.config import EvaluateConfig, FinetuneConfig, ModelConfig
 from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
-from fastm3ae.data.batches import OF_EPOCH, Batches, keyed_rng
+from fastm3ae.data.collate import OF_EPOCH, Batches, keyed_rng
 from fastm3ae.data.datasets import RowsOfImages
 from fastm3ae.data.images import FIXED_TRANSFORMS
 from fastm3ae.data.loader import WHOLE, Loader, Place, make_loader, transform_of
-from fastm3ae.device import autocast_context, batch_mover
+from fastm3ae.device import autocast_context
 from fastm3ae.errors import BadSample
 from fastm3ae.model.build import Model
 from fastm3ae.tasks.evaluation import Evaluation
@@ -178,16 +177,6 @@ class Task(ABC):
         """Returns the metrics of all items; ``resampling`` is what ``fastm3ae.tasks.metrics.bootstrap`` takes."""
 
     @abstractmethod
-    def evaluation(self, items: Sequence[Item], square: Callable[[int], Tensor], **resampling: Any) -> Evaluation:
-        """Returns the metrics and what else an evaluation leaves behind.
-
-        Args:
-            items: All items.
-            square: Gives the image of a pair as the model sees it, (3, S, S) in [0, 1].
-            **resampling: What ``bootstrap`` takes.
-        """
-
-    @torch.inference_mode()
     def evaluate(self, loaded: Loaded, asked: EvaluateConfig, progress: Progress) -> tuple[Evaluation, RowsOfImages]:
         """Returns how well a model does the task on a split, and the split's items.
 
@@ -196,19 +185,6 @@ class Task(ABC):
             asked: Which split, and how.
             progress: Is told how many items are done, and how many there are.
         """
-        config, tokenizer, model = loaded
-        num_workers = min(asked.num_workers, os.cpu_count() or 1)
-        loader = self.loader(config, tokenizer, asked.split, num_workers=num_workers, is_training=False)
-        to_device, items, num_done = batch_mover(config.data, loaded.device), [], 0
-        for pieces in loader.epoch(0):
-            for batch in pieces:
-                with loaded.autocast():
-                    outputs = model(to_device(batch))
-                items += self.items(outputs[self.objective], batch)
-            num_done = min(num_done + asked.batch_size, loader.num_pairs)
-            progress(num_done, loader.num_pairs)
-        evaluation = self.evaluation(items, self.squares(config, loader.dataset), num_resamples=asked.num_resamples)
-        return with_notes(evaluation, left_out(loader.bad_samples)), loader.dataset
 
     def validation(
         self, config: FinetuneConfig, model: Model, autocast: Callable[[], AbstractContextManager]

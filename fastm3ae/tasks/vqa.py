@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import FinetuneConfig, ModelConfig
 from fastm3ae.data.batch import VqaBatch
-from fastm3ae.data.collate import VqaBatches
+from fastm3ae.data.collate_pairs import VqaBatches
 from fastm3ae.data.datasets import VqaDataset
 from fastm3ae.tasks.labels import ChoiceTask
 from fastm3ae.tasks.metrics import Interval, majority_answers, vqa_metrics, vqa_scores

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
+from fastm3ae.config.files import read_yaml
 from fastm3ae.data.datasets import ImageDataset
-from fastm3ae.errors import UserError, nearest
+from fastm3ae.errors import UserError, nearest, shown
 from fastm3ae.tasks.evaluation import Evaluation
 from fastm3ae.tasks.metrics import Interval, classification_metrics, multilabel_metrics
 from fastm3ae.tasks.pool import Pool
@@ -95,12 +95,7 @@ def read_prompts(path: Path) -> Prompts:
         UserError: The file cannot be read, or is of another form.
     """
     form = 'expected for each class a list of texts, or lists "positive" and "negative"'
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"The file of prompts {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The file of prompts {path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"The file of prompts {path} holds no classes; {form}.")
     prompts: Prompts = {}
@@ -109,7 +104,7 @@ def read_prompts(path: Path) -> Prompts:
         lists = [both.get("positive", []), both.get("negative", [])]
         is_good = all(isinstance(of, list) and all(isinstance(t, str) and t.strip() for t in of) for of in lists)
         if not is_good or not lists[0] or both.keys() - {"positive", "negative"}:
-            raise UserError(f"The file of prompts {path} has {texts!r} for the class {name!r}; {form}.")
+            raise UserError(f"The file of prompts {path} has {shown(texts)} for the class {shown(name)}; {form}.")
         prompts[str(name)] = (lists[0], lists[1])
     return prompts
 

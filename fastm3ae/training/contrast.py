@@ -39,7 +39,7 @@ class Pass:
 def passes(
     model: MPMA,
     pieces: Sequence[PretrainBatch],
-    is_idle: bool,
+    num_own: int,
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
     options: Mapping[str, Any],
@@ -49,7 +49,7 @@ def passes(
     Args:
         model: The model.
         pieces: This process's pieces.
-        is_idle: Whether they are spare ones, which no other pair is contrasted with.
+        num_own: How many of them are the batch's; the others are spare ones, which no pair is contrasted with.
         processes: Those that share the batch.
         autocast: Gives the context in which the model computes.
         options: How the model computes, as its ``forward`` takes it.
@@ -59,7 +59,7 @@ def passes(
     """
     (num_several,) = processes.sum([len(pieces) > 1])
     if not num_several:
-        return [Pass(lambda x_B2E: processes.gather_rows(x_B2E[:0] if is_idle else x_B2E))]
+        return [Pass(lambda x_B2E: processes.gather_rows(x_B2E if num_own else x_B2E[:0]))]
     if options["compiled"]:
         raise UserError(
             "train.compiled draws its own dropout, but global_alignment in several passes needs the same twice: let "
@@ -71,7 +71,8 @@ def passes(
     for piece, dropout in zip(pieces, dropouts, strict=True):
         with torch.no_grad(), autocast(), dropout():
             features.append(model(piece, only=("global_alignment",))["global_alignment"].stacked())
-    all_A2E, first = processes.gather_rows(torch.cat(features)[: 0 if is_idle else None])
+    num_pairs = sum(map(len, pieces[:num_own]))
+    all_A2E, first = processes.gather_rows(torch.cat(features)[:num_pairs])
     found = []
     for piece, dropout in zip(pieces, dropouts, strict=True):
         found.append(Pass(partial(_found, all_A2E, first), dropout))

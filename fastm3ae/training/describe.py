@@ -6,12 +6,13 @@ from typing import Any
 
 import yaml
 
-from fastm3ae.configfile import to_dict
-from fastm3ae.errors import UserError
-from fastm3ae.pretrained import read_about, read_weights
-from fastm3ae.training.checkpoint import BEST, MANIFEST_FILE, STATE_FILE, checkpoints, damage, load_training_state
+from fastm3ae.config.files import to_dict
+from fastm3ae.training.checkpoint import BEST
+from fastm3ae.training.run_folder import read_metrics
+from fastm3ae.training.saved import MANIFEST_FILE, STATE_FILE, checkpoints, damage, load_training_state
+from fastm3ae.weights.pretrained import read_about, read_weights
 
-__all__ = ["describe_checkpoint", "describe_run"]
+__all__ = ["describe_checkpoint", "describe_run", "size_text"]
 
 NUM_LABELS = 20
 """So many labels of a task are named."""
@@ -23,16 +24,15 @@ def describe_run(folder: Path) -> str:
     Raises:
         UserError: The folder is no run's, or one of its files is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml.")
+    last = {line.pop("split"): line for line in read_metrics(folder)}
     sections = {name: folder / name for name in ("summary.json", "data.json", "environment.json", "config.yaml")}
     lines = [f"{folder}: a run, {'complete' if sections['summary.json'].is_file() else 'not complete'}"]
-    lines += [f"last {split}: {_values(values)}" for split, values in _last_metrics(folder / "metrics.jsonl").items()]
+    lines += [f"last {split}: {_values(values)}" for split, values in last.items()]
     lines += ["", "== checkpoints"]
     for _, path in checkpoints(folder / "checkpoints"):
-        lines.append(f"{path.name:<16} {_size(path):>11}  {damage(path) or 'whole'}")
+        lines.append(f"{path.name:<16} {size_text(path):>11}  {damage(path) or 'whole'}")
     if (best := folder / "checkpoints" / BEST).is_dir():
-        lines.append(f"{BEST:<16} {_size(best):>11}  weights alone")
+        lines.append(f"{BEST:<16} {size_text(best):>11}  weights alone")
         lines += ["", *task] if (task := _describe_task(best)) else []
     for name, path in sections.items():
         if path.is_file():
@@ -49,7 +49,7 @@ def describe_checkpoint(path: Path) -> str:
     if not (path / STATE_FILE).is_file():
         return "\n".join([*_describe_task(path), *_describe_weights(path)])
     fault = damage(path)
-    lines = [f"{path}: {_size(path)}, {fault or 'whole'}"]
+    lines = [f"{path}: {size_text(path)}, {fault or 'whole'}"]
     if fault is None:
         for name, written in json.loads((path / MANIFEST_FILE).read_text())["files"].items():
             lines.append(f"  {name}: {written['bytes']:,} bytes, sha256 {written['sha256']}")
@@ -90,19 +90,10 @@ def _describe_weights(path: Path) -> list[str]:
     return [*lines, "", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
 
 
-def _last_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the last whole line of each split."""
-    last: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
-        if line.endswith("}\n"):
-            values = json.loads(line)
-            last[values.pop("split")] = values
-    return last
-
-
 def _values(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 2**20:,.1f} MiB"
+def size_text(folder: Path) -> str:
+    """Returns how large the files of a folder are."""
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 2**20:,.1f} MiB"

@@ -7,29 +7,22 @@ stop) always travels by gloo, so that no GPU is waited for.
 
 import datetime
 import hashlib
-import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from fastm3ae.device import pick_device
 from fastm3ae.errors import UserError
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "explain_gone_process"]
 
 Value = TypeVar("Value")
 
-# The old name warns where there is the new one (from torch 2.14 on).
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 TIMEOUT = datetime.timedelta(minutes=60)  # the first process may validate or write for long while others wait
 
 
@@ -41,6 +34,7 @@ class Processes:
         number: How many there are.
         number_here: How many of them are on this machine.
         device: Where this process computes.
+        are_restarted: Whether torchrun has started them again, because one of those before had failed.
 
     Args:
         device: ``TrainConfig.device``: "auto", "cpu", "cuda" or "cuda:N".
@@ -56,9 +50,12 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._host: dist.ProcessGroup | None = None
+        self._store: dist.Store | None = None
         if self.number > 1:
-            _meet(self.device)
-            self._host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self._store = _meet(self.device)
+            self._host = self.new_host_group()
+        # After a failure on one machine of several, only that one counts it.
+        self.are_restarted = any(self.gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
 
     @property
     def is_first(self) -> bool:
@@ -70,28 +67,15 @@ class Processes:
         digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
+    def new_host_group(self) -> dist.ProcessGroup | None:
+        """Returns a group of all processes whose talk disturbs no other's; None: this one trains alone."""
+        return dist.new_group(backend="gloo", timeout=TIMEOUT) if self.number > 1 else None
+
     def close(self) -> None:
         """Leaves the other processes, all of which do so: none goes while another still talks to it."""
         if self._host is not None:
             _talk(dist.barrier, group=self._host)
             dist.destroy_process_group()
-
-    def wrap(self, model: nn.Module, leaves_some_alone: bool) -> nn.Module:
-        """Returns the model such that a backward pass leaves the mean of all processes' gradients everywhere.
-
-        Args:
-            model: The model, on this process's device.
-            leaves_some_alone: Whether there are parameters that no pass reads; they stay without a gradient.
-        """
-        if self._host is None:
-            return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            find_unused_parameters=leaves_some_alone,
-            gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},  # there are none that change
-        )
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Returns the sum of every value over all processes, in float64; exact for counts."""
@@ -124,6 +108,10 @@ class Processes:
         _talk(dist.all_gather, rows, own)
         return torch.cat([some[:size] for some, size in zip(rows, sizes, strict=True)]), sum(sizes[: self.rank])
 
+    def board(self) -> dist.Store | None:
+        """Returns where one more thread may leave small values for all processes; None for a process alone."""
+        return None if self._store is None else dist.PrefixStore("board", self._store.clone())
+
     def from_first(self, make: Callable[[], Value]) -> Value:
         """Returns what ``make`` gives in the first process, everywhere; its UserError ends all, and it says why.
 
@@ -144,14 +132,21 @@ class Processes:
         return answer[0]
 
 
-def _meet(device: torch.device) -> None:
-    """Joins the default process group, which carries the gradients."""
+def _meet(device: torch.device) -> dist.Store:
+    """Joins the default process group, which carries the gradients; returns by what the processes have met."""
     place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
     try:
+        store, rank, number = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's own store outlives processes that it starts again; they must not meet where those before them were.
+        # A new one needs no prefix, and has no common one: each machine's torchrun counts only restarts that it began.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        group = {"store": store, "rank": rank, "world_size": number, "timeout": TIMEOUT}
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            dist.init_process_group("nccl", device_id=device, **group)
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            dist.init_process_group("gloo", **group)
+        return store
     except ValueError as error:  # a variable is missing
         raise UserError(
             f"WORLD_SIZE asks for several processes, but how they meet is not said: {error}; start them with torchrun."
@@ -164,8 +159,23 @@ def _meet(device: torch.device) -> None:
         raise UserError(f"The processes cannot meet at {place}: {str(error).splitlines()[0]}") from error
 
 
+@contextmanager
+def explain_gone_process() -> Iterator[None]:
+    """Says in a sentence that another process is gone, where it is found as gradients or weights are exchanged."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise _gone(error) from error
+
+
 def _talk(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     try:
         collective(*arguments, **options)
     except RuntimeError as error:
-        raise UserError(f"Another process is gone; its own message says why ({str(error).splitlines()[0]})") from error
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> UserError:
+    return UserError(f"Another process is gone; its own message says why ({str(error).splitlines()[0]})")

@@ -9,11 +9,10 @@ import torch
 from tqdm import tqdm
 
 from fastm3ae.config import EvaluateConfig, FinetuneConfig
-from fastm3ae.configfile import to_dict
+from fastm3ae.config.files import to_dict
 from fastm3ae.data.text import fingerprint
 from fastm3ae.device import pick_device
 from fastm3ae.errors import UserError
-from fastm3ae.pretrained import read_about
 from fastm3ae.tasks.checkpoint import load_finetuned, read_finetuned, read_pretrained
 from fastm3ae.tasks.evaluation import About, Evaluation, make_folder, write_evaluation
 from fastm3ae.tasks.registry import make_task
@@ -21,6 +20,7 @@ from fastm3ae.tasks.retrieval import RetrievalTask
 from fastm3ae.tasks.task import Loaded, Task, with_notes
 from fastm3ae.tasks.zero_shot import ZeroShotTask
 from fastm3ae.training.run_folder import environment
+from fastm3ae.weights.pretrained import read_about
 
 __all__ = ["evaluate"]
 

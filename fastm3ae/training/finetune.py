@@ -17,7 +17,6 @@ from fastm3ae.data.arrow import dataset_files
 from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
-from fastm3ae.pretrained import has_tokenizer, read_about, read_tokenizer, resolve
 from fastm3ae.tasks.evaluation import METRICS_FILE, Evaluation
 from fastm3ae.tasks.registry import make_task
 from fastm3ae.tasks.results import read_results, results_table
@@ -29,6 +28,9 @@ from fastm3ae.training.job import Job
 from fastm3ae.training.launch import is_one_of_several
 from fastm3ae.training.resume import check_same_run
 from fastm3ae.training.run import run
+from fastm3ae.weights.header import check_fits
+from fastm3ae.weights.pretrained import own_tokenizer, read_about
+from fastm3ae.weights.towers import read_tokenizer, resolve
 
 __all__ = ["check_task", "finetune", "finetune_seeds", "start_from"]
 
@@ -50,6 +52,8 @@ def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
     """
     path = Path(checkpoint)
     model, about = read_about(path)
+    if model is not None:
+        check_fits(model, path)
     config = dataclasses.replace(config, init_from=checkpoint)
     size = config.model.vision.image_size_px
     # Official checkpoints are of CLIP's normalisation.
@@ -71,7 +75,7 @@ def start_from(config: FinetuneConfig, checkpoint: str) -> FinetuneConfig:
         vision=dataclasses.replace(model.vision, image_size_px=size, weights="random"),
         text=dataclasses.replace(model.text, weights="random"),
     )
-    data = dataclasses.replace(config.data, tokenizer=str(path)) if has_tokenizer(path) else config.data
+    data = own_tokenizer(config.data, path)
     return dataclasses.replace(config, model=model, data=_normalized_as(known, data))
 
 
@@ -172,17 +176,15 @@ def validate(
         autocast: Gives the context in which the model computes.
         processes: Those that share the work.
     """
-    was_training = model.training
-    model.eval()
     items: list[Item] = []
     loss = 0.0
-    for batch in batches:
-        with autocast():
-            outputs = model(batch)
-            (result,) = objectives.losses(outputs, batch, model.config).values()
-        loss += float(result.mean) * len(batch)
-        items += task.items(outputs[task.objective], batch)
-    model.train(was_training)
+    with model.evaluating():
+        for batch in batches:
+            with autocast():
+                outputs = model(batch)
+                (result,) = objectives.losses(outputs, batch, model.config).values()
+            loss += float(result.mean) * len(batch)
+            items += task.items(outputs[task.objective], batch)
     shares = processes.gather((items, loss))
     items = [item for share, _ in shares for item in share]
     if not items:

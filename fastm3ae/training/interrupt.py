@@ -13,23 +13,31 @@ __all__ = ["StopRequest"]
 class StopRequest:
     """While entered, notes the first SIGINT or SIGTERM instead of dying from it; the second one acts as usual.
 
-    Attributes:
-        signal: The signal that asked to stop, or None.
-
     Args:
         is_quiet: Whether nothing is printed then.
     """
 
     def __init__(self, is_quiet: bool = False) -> None:
         self.is_quiet = is_quiet
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._noted: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that asked to stop, or None."""
+        if self._noted is not None:
+            # From here on a second one acts even while the process is in a call that does not return. Not before, in
+            # ``_note``: both may have come before either is handled, and Python handles none by what is no function.
+            self._restore()
+        return self._noted
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only there can signals be handled
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell script
-                    self._before[number] = signal.signal(number, self._note)
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # as in the background of a shell script; as set by C code
+                    self._before[number] = before
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -38,11 +46,14 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self._noted is not None:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
+        self._noted = signal.Signals(number)
         if not self.is_quiet:
-            tqdm.write(f"{self.signal.name}: finishing the step and saving; a second one stops at once")
+            tqdm.write(f"{self._noted.name}: finishing the step and saving; a second one stops at once")
 
     def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        for number, before in self._before.items():
+            signal.signal(number, before)

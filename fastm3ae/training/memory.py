@@ -1,8 +1,9 @@
-"""How many pairs a device holds at once: try, and halve until it fits."""
+"""How many pairs a device holds at once: try, for as few passes as possible."""
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import torch
 
@@ -11,6 +12,7 @@ from fastm3ae.config import RunConfig
 from fastm3ae.data.batch import ImageBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.build import Model
+from fastm3ae.training.remembered import forget
 
 __all__ = ["explain_full_memory", "fit_micro_batch", "largest_that_fits"]
 
@@ -24,6 +26,7 @@ def fit_micro_batch(
     most: int,
     autocast: Callable[[], AbstractContextManager],
     longest_batch: Callable[[int], ImageBatch],
+    state_frac: float = 1.0,
 ) -> int:
     """Returns how many pairs the model's device can train on at once, at most ``most``.
 
@@ -36,6 +39,7 @@ def fit_micro_batch(
         most: Pairs of this process in a step.
         autocast: Gives the context in which the model computes.
         longest_batch: Makes a batch of so many pairs that needs as much memory as any.
+        state_frac: The fraction of the optimiser's state that this process holds, where several divide it.
 
     Raises:
         UserError: Not even one pair fits.
@@ -46,7 +50,7 @@ def fit_micro_batch(
     num_values = sum(parameter.numel() for parameter in model.parameters())
 
     def attempt(num_pairs: int) -> None:
-        reserved = torch.empty(ADAM_STATES * num_values, dtype=torch.float32, device=device)
+        reserved = torch.empty(round(ADAM_STATES * num_values * state_frac), dtype=torch.float32, device=device)
         batch = longest_batch(num_pairs).to(device)
         for _ in range(2):  # the second beside the gradients of the first
             with autocast():
@@ -63,16 +67,20 @@ def fit_micro_batch(
 
 
 def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
-    """Returns the first of most, most / 2, most / 4, ..., 1 (rounded up) at which ``attempt`` finds enough memory.
+    """Returns the largest of most, most / 2, most / 3, ..., 1 (rounded up) at which ``attempt`` finds enough memory.
+
+    These are the sizes of the largest pass if ``most`` pairs are divided among 1, 2, 3, ... passes: a size between two
+    of them would save none.
 
     Raises:
         UserError: Not even 1 fits.
     """
-    size = most
-    while True:
+
+    @cache
+    def fits(size: int) -> bool:
         try:
             attempt(size)
-            return size
+            return True
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise UserError(
@@ -81,12 +89,23 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
                 ) from error
         gc.collect()  # the failed attempt's tensors, which its traceback held
         torch.cuda.empty_cache()
-        size = -(-size // 2)
+        return False
+
+    too_few, enough = 0, 1  # passes
+    while not fits(-(-most // enough)):
+        too_few, enough = enough, min(2 * enough, most)
+    while enough - too_few > 1:
+        between = (too_few + enough) // 2
+        if fits(-(-most // between)):
+            enough = between
+        else:
+            too_few = between
+    return -(-most // enough)
 
 
 @contextmanager
 def explain_full_memory(device: torch.device, step: int, micro_batch: int) -> Iterator[None]:
-    """Within it, a step that finds no memory is a user's mistake.
+    """Within it, a step that finds no memory is a user's mistake, and its passes are not remembered as ones that fit.
 
     Args:
         device: Where the step is made.
@@ -99,7 +118,9 @@ def explain_full_memory(device: torch.device, step: int, micro_batch: int) -> It
     try:
         yield
     except torch.OutOfMemoryError as error:
+        advice = "give a smaller --train.micro-batch, or auto"
+        if forget(device, micro_batch):
+            advice += ", which will search anew: what it had found is forgotten"
         raise UserError(
-            f"The memory of {device} was full in step {step}, with passes of {micro_batch} pairs: "
-            f"give a smaller --train.micro-batch, or auto ({error})"
+            f"The memory of {device} was full in step {step}, with passes of {micro_batch} pairs: {advice} ({error})"
         ) from error

@@ -28,19 +28,28 @@ class Meter:
     def _start_window(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: defaultdict[str, int] = defaultdict(int)
+        self._unread: list[tuple[dict[str, tuple[Tensor, int]], Tensor]] = []
         self._samples, self._waited, self._paused, self._started = 0, 0.0, 0.0, time.perf_counter()
 
-    def add(self, sums: dict[str, tuple[Tensor, int]], num_samples: int) -> None:
+    def add(self, sums: dict[str, tuple[Tensor, int]], num_samples: int, is_skipped: Tensor) -> None:
         """Adds one step's sums and counts, of this process alone.
 
         Args:
             sums: For each metric its sum (a scalar on the device) and over how many it was taken.
             num_samples: Pairs of this process in the step.
+            is_skipped: Whether the step is to be left out of all means (a scalar on the device).
         """
-        for name, (total, count) in sums.items():
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] += count
+        self._unread.append((sums, is_skipped))
         self._samples += num_samples
+
+    def settle(self) -> None:
+        """Adds up the steps since the last call, but for those to be left out; waits for the device."""
+        unread, self._unread = self._unread, []
+        are_skipped = torch.stack([is_skipped for _, is_skipped in unread]).tolist() if unread else []
+        for (sums, _), is_skipped in zip(unread, are_skipped, strict=True):
+            for name, (total, count) in () if is_skipped else sums.items():
+                self._sums[name] = self._sums[name] + total if name in self._sums else total
+                self._counts[name] += count
 
     def wait(self, fetch: Callable[[], Any]) -> Any:
         """Returns what ``fetch`` gives, and counts its time as waiting for data."""
@@ -56,15 +65,20 @@ class Meter:
         self._paused += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Returns the means since the last call, with samples per second and the share of time spent on waiting."""
+        """Returns the means since the last call, with samples per second and the share of time spent on waiting.
+
+        There are no means if every step was left out.
+        """
+        self.settle()
         names = list(self._sums)
-        sums = torch.stack([self._sums[name].double() for name in names]).tolist()  # waits for the device
+        sums = torch.stack([self._sums[name].double() for name in names]).tolist() if names else []
         counts = [self._counts[name] for name in names]
         seconds = time.perf_counter() - self._started - self._paused
         *totals, samples = self.processes.sum([*sums, *counts, self._samples])
         means = (total / max(1, count) for total, count in zip(totals[: len(names)], totals[len(names) :], strict=True))
         values = dict(zip(names, means, strict=True))
-        values["loss"] = sum(value for name, value in values.items() if name.endswith("_loss"))
+        if names:
+            values["loss"] = sum(value for name, value in values.items() if name.endswith("_loss"))
         values["samples_per_s"] = samples / max(seconds, 1e-9)
         values["data_wait_frac"] = self._waited / max(seconds, 1e-9)
         self.total_samples += samples
@@ -75,6 +89,7 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Returns what ``restore`` needs to go on in the middle of a window."""
+        self.settle()
         seconds = time.perf_counter() - self._started - self._paused
         return {
             "sums": dict(self._sums),

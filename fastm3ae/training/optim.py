@@ -130,13 +130,14 @@ class OfficialAdamW(torch.optim.Optimizer):
         for group, parameter in self._with_gradient():
             (beta1, beta2), state = group["betas"], self.state[parameter]
             if not state:
-                state["step"] = 0
+                state["step"] = torch.zeros(())  # a tensor, as torch's own has it
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
             state["exp_avg"].mul_(beta1).add_(parameter.grad, alpha=1.0 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1.0 - beta2)
-            step_size = group["lr"] * math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
+            step = state["step"].item()
+            step_size = group["lr"] * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
             parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-step_size)
             if group["weight_decay"]:
                 parameter.add_(parameter, alpha=-group["lr"] * group["weight_decay"])

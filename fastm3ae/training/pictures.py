@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fastm3ae.config import ModelConfig, MPMAConfig
+from fastm3ae.config import MPMAConfig
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.masking import split_patches
 from fastm3ae.model.build import Model
@@ -21,15 +21,15 @@ from fastm3ae.model.fusion_use import FusionUse
 from fastm3ae.visualize import (
     Reconstruction,
     TileRow,
-    Usage,
     grey_out,
     lay_over,
-    reconstruct,
     reconstruction_grid,
     tile_grid,
     to_unit_range,
     usage_chart,
 )
+from fastm3ae.visualize.memory import usage_rows
+from fastm3ae.visualize.reconstructions import hidden_words, patch_size_px, rebuild, rebuilt_images
 
 __all__ = ["MAX_WORDS", "draw_pictures"]
 
@@ -62,76 +62,40 @@ def draw_pictures(
     rebuilds_images, fuses = bool(names & {"mim", "image_reconstruction"}), "report_reconstruction" in names
     if not rebuilds_images and not fuses:
         return {}
-    was_training = model.training
-    model.eval()
     pictures, words_B = {}, None
-    if names & {"mlm", "report_reconstruction"}:
-        with autocast(), FusionUse(model, batch) if fuses else nullcontext() as use:
-            predicted_M = model.mlm_logits(batch).argmax(-1)
-        words_B = _hidden_words(batch, predicted_M, tokenizer, num_pictures)
-    if rebuilds_images:
-        with autocast():
-            pred_BNP, is_hidden_BN = _rebuild(model, batch)
-        images = reconstruct(
-            pred_BNP,
-            batch.image_BCHW,
-            is_hidden_BN,
-            patch_size_px=_patch_size_px(config),
-            normalize_target=(config.mim if config.kind == "m3ae" else config.image).normalize_target,
-            mean=mean,
-            std=std,
-        )
-        rows = []
-        for i, triple in enumerate(zip(*(image_BCHW[:num_pictures] for image_BCHW in images), strict=True)):
-            words = [] if words_B is None else ["", "masked: " + "; ".join(words_B[i])]
-            rows.append(Reconstruction(*triple, [batch.texts[i], *words]))
-        pictures["reconstructions"] = reconstruction_grid(rows)
-    if fuses and len(batch.masked_index_M):
-        image_BCHW = to_unit_range(batch.image_BCHW[:num_pictures].float(), mean, std)
-        if any(words_B):
-            pictures["word_attention"] = tile_grid(_attention_rows(config, batch, image_BCHW, use, words_B))
-        if config.memory != "none":
-            pictures["slot_usage"] = usage_chart(_usage_rows(config, use))
-    model.train(was_training)
+    with model.evaluating():
+        if names & {"mlm", "report_reconstruction"}:
+            with autocast(), FusionUse(model, batch) if fuses else nullcontext() as use:
+                predicted_M = model.mlm_logits(batch).argmax(-1)
+            words_B = hidden_words(batch, predicted_M, tokenizer, num_pictures)
+        if rebuilds_images:
+            with autocast():
+                pred_BNP, is_hidden_BN = rebuild(model, batch)
+            images = rebuilt_images(config, batch, pred_BNP, is_hidden_BN, mean, std)
+            rows = []
+            for i, triple in enumerate(zip(*(image_BCHW[:num_pictures] for image_BCHW in images), strict=True)):
+                words = [] if words_B is None else ["", "masked: " + "; ".join(words_B[i])]
+                rows.append(Reconstruction(*triple, [batch.texts[i], *words]))
+            pictures["reconstructions"] = reconstruction_grid(rows)
+        if fuses and len(batch.masked_index_M):
+            image_BCHW = to_unit_range(batch.image_BCHW[:num_pictures].float(), mean, std)
+            if any(words_B):
+                pictures["word_attention"] = tile_grid(_attention_rows(config, batch, image_BCHW, use, words_B))
+            if config.memory != "none":
+                pictures["slot_usage"] = usage_chart(usage_rows(config, use, "hidden words"))
     return pictures
-
-
-def _patch_size_px(config: ModelConfig) -> int:
-    """Returns the height and width of a patch in a batch's images."""
-    return config.vision.patch_size_px * (config.image.target_scale if config.kind == "mpma" else 1)
-
-
-def _rebuild(model: Model, batch: PretrainBatch) -> tuple[Tensor, Tensor]:
-    """Returns predicted pixels, at least of the hidden patches, (B, N, P), and which are hidden, (B, N)."""
-    if model.config.kind == "m3ae":
-        return model.mim(batch)
-    pred_BUP, hidden_BU = model(batch, only=("image_reconstruction",))["image_reconstruction"]
-    is_hidden_BN = torch.zeros_like(batch.patch_noise_BN, dtype=torch.bool).scatter_(1, hidden_BU, True)
-    pred_BNP = pred_BUP.new_zeros(*is_hidden_BN.shape, pred_BUP.shape[-1])
-    return pred_BNP.scatter_(1, hidden_BU[..., None].expand_as(pred_BUP), pred_BUP), is_hidden_BN
-
-
-def _hidden_words(
-    batch: PretrainBatch, predicted_M: Tensor, tokenizer: PreTrainedTokenizerFast, num_pairs: int
-) -> list[list[str]]:
-    """Returns for each of the first texts its hidden tokens in words: "true -> predicted"."""
-    words_B: list[list[str]] = [[] for _ in range(len(batch))]
-    pairs = batch.masked_rows_M // batch.mlm_labels_BT.shape[1]
-    for pair, *ids in zip(pairs.tolist(), batch.masked_labels_M.tolist(), predicted_M.tolist(), strict=True):
-        words_B[pair].append(" -> ".join(tokenizer.decode([token_id]).strip() for token_id in ids))
-    return words_B[:num_pairs]
 
 
 def _attention_rows(
     config: MPMAConfig, batch: PretrainBatch, image_BCHW: Tensor, use: FusionUse, words_B: Sequence[Sequence[str]]
 ) -> list[TileRow]:
     """Draws what the last layer's heads attend to on average; ``image_BCHW``: the pairs that are drawn, in [0, 1]."""
-    patch_size_px = _patch_size_px(config)
+    size_px = patch_size_px(config)
     seen_BK, _, is_hidden_BN = split_patches(batch.patch_noise_BN, config.image.patch_frac)
     if config.masking == "separate":
         is_hidden_BN = torch.zeros_like(is_hidden_BN)
         seen_BK = torch.arange(is_hidden_BN.shape[1], device=seen_BK.device).expand_as(is_hidden_BN)
-    masked_BCHW = grey_out(image_BCHW, is_hidden_BN[: len(image_BCHW)], patch_size_px)
+    masked_BCHW = grey_out(image_BCHW, is_hidden_BN[: len(image_BCHW)], size_px)
     rows = []
     for i, (words, weights_HQK) in enumerate(zip(words_B, use.cross_weights()[-1][: len(words_B)], strict=True)):
         if not words:
@@ -140,24 +104,11 @@ def _attention_rows(
         slots_QM, patches_QK = weights_QK.split([weights_QK.shape[1] - seen_BK.shape[1], seen_BK.shape[1]], dim=1)
         index_QK = seen_BK[i].expand_as(patches_QK)
         weights_QN = patches_QK.new_zeros(len(patches_QK), is_hidden_BN.shape[1]).scatter(1, index_QK, patches_QK)
-        overlays_QCHW = lay_over(masked_BCHW[i].expand(len(weights_QN), -1, -1, -1), weights_QN, patch_size_px)
+        overlays_QCHW = lay_over(masked_BCHW[i].expand(len(weights_QN), -1, -1, -1), weights_QN, size_px)
         titles = []
         for word, most, slots_frac in zip(words[:MAX_WORDS], patches_QK.amax(dim=1), slots_QM.sum(dim=1), strict=True):
             of_slots = f", slots {slots_frac:.0%}" if slots_QM.shape[1] else ""
             titles.append(f"{word}\nreddest patch {most:.0%}{of_slots}")
         tiles = [("original\n", image_BCHW[i]), *zip(titles, overlays_QCHW, strict=True)]
-        rows.append(TileRow(batch.texts[i], tiles))
-    return rows
-
-
-def _usage_rows(config: MPMAConfig, use: FusionUse) -> list[Usage]:
-    if config.memory == "topk":
-        what = f"each head keeps {config.num_topk_kept} of {config.num_topk_slots} rows; how many heads keep which"
-        by_side = zip(("words", "patches"), use.kept_rows(), strict=True)
-        return [Usage(f"{side}: {what}", frac_M) for side, frac_M in by_side]
-    even = config.num_slots / (config.num_slots + use.plan.layers[0].cross_keys.lengths[0])
-    rows = []
-    for number, weights_QM in enumerate(use.slot_weights(), 1):
-        share = f"{weights_QM.sum(dim=1).mean():.1%} to {config.num_slots} slots ({even:.1%} if all keys weighed alike)"
-        rows.append(Usage(f"layer {number}: hidden words give {share}", weights_QM.mean(dim=0)))
+        rows.append(TileRow(" ".join(batch.texts[i].split()), tiles))
     return rows

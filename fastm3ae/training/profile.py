@@ -218,7 +218,7 @@ class Steps:
 def watched(make_step: OptimizerStep, begin: Begin) -> Iterator[None]:
     """Within it, ``begin`` is called where a phase of the step begins."""
     autocast, graphs = make_step.autocast, make_step.graphs
-    # Gradients are clipped, and freed of fp16's scale, before the optimiser is called.
+    # Gradients are checked, freed of fp16's scale and clipped before the optimiser is called.
     backward = "backward" if make_step.config.clip_grad_norm is None else "backward, clipping"
 
     @contextmanager

@@ -5,31 +5,38 @@ from pathlib import Path
 from typing import Any
 
 from fastm3ae.config import RunConfig
-from fastm3ae.configfile import differences, to_dict
+from fastm3ae.config.files import differences, to_dict
 from fastm3ae.errors import UserError
-from fastm3ae.training.checkpoint import damage, newest_whole
+from fastm3ae.training.saved import checkpoints, damage, load_training_state, newest_whole
 
 __all__ = ["check_same_run", "find_checkpoint"]
 
 # What a run does is the same whatever these are; where data and tokenizer lie says less than what they hold.
 MAY_DIFFER = (
     "output", "resume", "force_resume", "data.root", "data.tokenizer", "data.draw_demo", "train.micro_batch",
-    "train.device", "train.num_workers", "train.log_every_steps", "train.validate_every_steps",
+    "train.parallel", "train.device", "train.num_workers", "train.log_every_steps", "train.validate_every_steps",
     "train.validate_every_epochs", "train.max_val_batches", "train.num_pictures", "train.save_every_steps",
-    "train.keep_checkpoints", "train.tensorboard", "train.patience",
+    "train.keep_checkpoints", "train.keep_every_steps", "train.tensorboard", "train.wandb_project",
+    "train.wandb_pictures", "train.patience", "train.max_nonfinite_steps", "train.stall_timeout_s",
 )  # fmt: skip
 
 
-def find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
+def find_checkpoint(config: RunConfig, is_restarted: bool = False) -> tuple[Path | None, list[str]]:
     """Returns the checkpoint that ``config.resume`` names, None to start anew; and notes for the user's log.
 
+    Args:
+        config: The run.
+        is_restarted: Whether it had begun before, by the same command: what it has saved counts then, if anything.
+
     Raises:
-        UserError: There is no such checkpoint, it is damaged, or it is of another run than that in the run folder.
+        UserError: There is no such checkpoint, it is damaged, it is of another run than that in the run folder, or it
+            is older than what is there.
     """
     if config.resume is None:
         return None, []
     output = Path(config.output)
-    if config.resume == "auto":
+    own = checkpoints(output / "checkpoints")
+    if config.resume == "auto" or (is_restarted and own):
         path, notes = newest_whole(output / "checkpoints")
         return path, [*notes, f"{output}: " + (f"going on from {path.name}." if path else "nothing to resume yet.")]
     path = Path(config.resume)
@@ -40,10 +47,16 @@ def find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
         )
     if fault := damage(path):
         raise UserError(f"The checkpoint {path} cannot be resumed: {fault}.")
-    if path.resolve().parent != (output / "checkpoints").resolve() and output.is_dir() and any(output.iterdir()):
+    if own and path.resolve().parent != (output / "checkpoints").resolve():
         raise UserError(
             f"{path} is of another run than that in the run folder {output}: give its own folder, or a new one, as "
             "--output."
+        )
+    newest = newest_whole(output / "checkpoints")[0] if own else path
+    if load_training_state(newest)["step"] > load_training_state(path)["step"]:
+        raise UserError(
+            f"{path} cannot be resumed where there is {newest.name}, which would be lost: give a new --output, or "
+            "--resume auto."
         )
     return path, [f"Going on from {path}."]
 
@@ -62,9 +75,7 @@ def check_same_run(
     Raises:
         UserError: Configuration or data differ, and ``config.force_resume`` is not set.
     """
-    # Checkpoints from before there were several models do not name theirs.
-    then = {**state["config"], "model": {"kind": "m3ae", **state["config"]["model"]}}
-    found = differences(then, to_dict(config))
+    found = differences(state["config"], to_dict(config))
     faults = [f"{key} is {now!r}, was {was!r}" for key, (was, now) in found.items() if key not in MAY_DIFFER]
     faults += [
         f"{what} does not hold what it held"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fastm3ae.config import RunConfig
-from fastm3ae.configfile import to_dict
+from fastm3ae.config.files import to_dict
 from fastm3ae.data.loader import Loader, Place
 from fastm3ae.data.text import fingerprint
 from fastm3ae.device import autocast_context
@@ -21,14 +21,17 @@ from fastm3ae.errors import UserError
 from fastm3ae.kernels import PACKED_ATTENTION_HEAD_DIMS
 from fastm3ae.model.attention import backends
 from fastm3ae.model.build import Model, build_model
-from fastm3ae.pretrained import init_model, load_tower_weights, read_about, read_tokenizer, resolve
-from fastm3ae.training.checkpoint import Checkpointer, load_training_state
+from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.job import Job
 from fastm3ae.training.loop import Trainer
 from fastm3ae.training.memory import fit_micro_batch
+from fastm3ae.training.remembered import find_once
 from fastm3ae.training.resume import check_same_run, find_checkpoint
 from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.saved import load_training_state
+from fastm3ae.weights.pretrained import init_model, read_about
+from fastm3ae.weights.towers import load_tower_weights, read_tokenizer, resolve
 
 COMPILERS = ("g++", "c++", "clang++")  # where torch.compile looks, besides CXX
 
@@ -50,8 +53,10 @@ def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | N
         UserError: Something that the configuration names is missing or does not fit.
         Interrupted: A signal ended the run; what it had is saved.
     """
+    if processes.are_restarted and config.resume is None:
+        config = dataclasses.replace(config, resume="auto")
     config, tokenizer, model = resolve_and_build(config, processes)
-    checkpoint, notes = processes.from_first(lambda: find_checkpoint(config))
+    checkpoint, notes = processes.from_first(lambda: find_checkpoint(config, processes.are_restarted))
     state = None if checkpoint is None else load_training_state(checkpoint)
     config = with_micro_batch(config, model, job, processes, state)
     train_loader, val_loader = (build_loader(config, tokenizer, job, split, processes) for split in ("train", "val"))
@@ -67,25 +72,34 @@ def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | N
         processes.seed(config.seed)
     if config.train.step == "packed" and config.model.has_texts:
         notes.append(f"attention on {processes.device.type}: {backends(processes.device.type)}")
-    run_folder = checkpointer = None
+    run_folder = None
 
     def open_run_folder() -> None:
-        nonlocal run_folder, checkpointer
+        nonlocal run_folder
         files = [*train_loader.dataset.table.paths, *val_loader.dataset.table.paths]
         data = {"files": [{"path": str(file), "bytes": file.stat().st_size} for file in files]}
         progress = (
             {} if state is None else {"step": state["step"], "is_validated": state["validated_step"] == state["step"]}
         )
         run_folder = RunFolder(config, data | {"fingerprints": fingerprints}, processes.device, **progress)
-        about = {
-            "config": to_dict(config),
-            "fingerprints": fingerprints,
-            "weights_were_random": _starts_at_random(config),
-            **job.about,
-        }
-        checkpointer = Checkpointer(run_folder.path / "checkpoints", config.train.keep_checkpoints, tokenizer, about)
 
     processes.from_first(open_run_folder)
+    about = {
+        "config": to_dict(config),
+        "fingerprints": fingerprints,
+        "weights_were_random": _started_at_random(config, checkpoint),
+        **job.about,
+    }
+    train = config.train
+    checkpointer = Checkpointer(
+        Path(config.output) / "checkpoints",
+        processes,
+        train.keep_checkpoints,
+        train.keep_every_steps,
+        tokenizer,
+        about,
+        step=None if state is None else state["step"],
+    )
     if processes.is_first:
         for note in notes:
             tqdm.write(note)
@@ -93,7 +107,7 @@ def run(config: RunConfig, job: Job, processes: Processes) -> dict[str, Any] | N
         config, job, tokenizer, model, train_loader, val_loader, run_folder, checkpointer, processes, fingerprints
     )
     if state is not None:
-        trainer.restore(state)
+        trainer.restore(state, checkpoint)
     try:
         summary = trainer.run()
     finally:
@@ -166,12 +180,14 @@ def _start_weights(model: Model, config: RunConfig) -> list[str]:
     return [f"{config.init_from}: {what}: {', '.join(names)}" for what, names in found.items() if names]
 
 
-def _starts_at_random(config: RunConfig) -> bool:
-    """Returns whether no weight was trained by others, neither here nor in what the run's checkpoint started from."""
-    if config.init_from is None:
+def _started_at_random(config: RunConfig, resumed: Path | None) -> bool:
+    """Returns whether no weight was trained by others, neither here nor in what the run started from."""
+    # What a resumed run once started from may be gone; its own checkpoint says it.
+    origin = resumed or config.init_from
+    if origin is None:
         towers = [config.model.vision, *([config.model.text] if config.model.has_texts else [])]
         return all(tower.weights == "random" for tower in towers)
-    return read_about(Path(config.init_from))[1].get("weights_were_random", False)
+    return read_about(Path(origin))[1].get("weights_were_random", False)
 
 
 def with_micro_batch(
@@ -193,12 +209,10 @@ def with_micro_batch(
         micro_batch = state["micro_batch"]
     else:
         most = -(-train.batch_size // processes.number)
-        micro_batch = min(
-            processes.gather(
-                fit_micro_batch(
-                    model, config, most, autocast_context(train, processes.device), partial(job.longest_batch, config)
-                )
-            )
+        autocast, longest_batch = autocast_context(train, processes.device), partial(job.longest_batch, config)
+        state_frac = 1 / processes.number_here if train.parallel == "fsdp" else 1.0
+        micro_batch = find_once(
+            lambda: fit_micro_batch(model, config, most, autocast, longest_batch, state_frac), config, most, processes
         )
     return dataclasses.replace(config, train=dataclasses.replace(train, micro_batch=micro_batch))
 

@@ -4,10 +4,13 @@ config.yaml         the resolved configuration
 data.json           the data files and the fingerprints of what they hold
 environment.json    versions, device, code version; environment_NNNNNN.json from where the run was resumed
 metrics.jsonl       a line per logged training step and per validation
+nonfinite.jsonl     a line per process and step that was left out, if there was any: see nonfinite.py
+stall_process_R.txt where process R stood when it was ended for making no progress: see watchdog.py
 summary.json        the last validation, throughput and counts, written at the end
 pictures/           what the model makes of the first held-out pairs, at each validation: see pictures.py
 checkpoints/        step_NNNNNN folders and the best weights: see checkpoint.py
 tensorboard/        event files
+wandb.json, wandb/  which run of Weights & Biases this is, and its files, if it is one
 """
 
 import contextlib
@@ -15,20 +18,23 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 import fastm3ae
 from fastm3ae.config import RunConfig
-from fastm3ae.configfile import to_dict
-from fastm3ae.errors import UserError
+from fastm3ae.config.files import parse_json, to_dict
+from fastm3ae.errors import UserError, first_line
+from fastm3ae.training.boards import Board, open_boards
+from fastm3ae.training.nonfinite import NONFINITE_FILE
 
-__all__ = ["RunFolder", "environment", "processor"]
+__all__ = ["RunFolder", "check_run", "environment", "processor", "read_metrics"]
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "triton", "numpy", "pillow", "pyarrow", "safetensors",
              "scikit-learn")  # fmt: skip
@@ -57,74 +63,131 @@ class RunFolder:
         is_validated: bool = False,
     ) -> None:
         self.path = path = Path(config.output)
-        try:
+        self._boards: list[Board] = []
+        self._files = contextlib.ExitStack()
+        with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             is_a_run = (path / "config.yaml").is_file()
             if any(path.iterdir()) and not (is_a_run and config.resume):
                 hint = "--resume auto goes on with its run, or " if is_a_run else ""
                 raise UserError(f"The run folder {path} is not empty: {hint}choose another --output, or remove it.")
+            for board in open_boards(config, step):
+                self._boards.append(self._files.enter_context(contextlib.closing(board)))
             (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             self._write_json("data.json", data)
             self._write_json(f"environment_{step:06d}.json" if step else "environment.json", environment(device))
             (path / "pictures").mkdir(exist_ok=True)
-            self._metrics = _open_metrics(path / "metrics.jsonl", step, is_validated)
-        except OSError as error:
-            raise UserError(f"The run folder {path} cannot be written: {error.strerror}.") from error
-        self._board = None
-        if config.train.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
-
-            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)
+            self._metrics = self._files.enter_context(_open_metrics(path / "metrics.jsonl", step, is_validated))
+            if (path / NONFINITE_FILE).exists():
+                _keep_lines(path / NONFINITE_FILE, lambda line: line["step"] <= step)
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl, and the values to TensorBoard.
+        """Appends one line to metrics.jsonl, and shows the values on the boards.
 
         Args:
             step: Optimiser steps made so far.
             split: "train" or "val".
             values: Metrics by name.
+
+        Raises:
+            UserError: The folder can't be written any more, as on a full disk; so do all methods.
         """
-        self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        with _writing(self.path):
+            self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            for board in self._boards:
+                board.scalars({f"{split}/{name}": value for name, value in values.items()}, step)
+
+    def log_nonfinite(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Appends what is known of steps that were left out to nonfinite.jsonl, and says so."""
+        path = self.path / NONFINITE_FILE
+        with _writing(self.path), path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        steps = sorted({line["step"] for line in lines})
+        tqdm.write(
+            f"warning: {len(steps)} of the last steps changed nothing, the first of them step {steps[0]}: losses or "
+            f"gradients were not finite; {path} names the items"
+        )
 
     def picture(self, step: int, name: str, image: Image.Image) -> Path:
-        """Writes a picture as PNG, and to TensorBoard; returns its path."""
+        """Writes a picture as PNG, and shows it on the boards; returns its path."""
         path = self.path / "pictures" / f"{name}_{step:06d}.png"
-        image.save(path)
-        if self._board is not None:
-            from torchvision.transforms.functional import pil_to_tensor
-
-            self._board.add_image(name, pil_to_tensor(image), step)
+        with _writing(self.path):
+            image.save(path)
+            for board in self._boards:
+                board.picture(name, path, step)
         return path
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json."""
-        self._write_json("summary.json", summary)
+        with _writing(self.path):
+            self._write_json("summary.json", summary)
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        with _writing(self.path):
+            self._files.close()
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        _replace(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in a sentence why a run folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be written: {error.strerror or error}.") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that nobody sees half written."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _open_metrics(path: Path, step: int, is_validated: bool) -> TextIO:
     """Returns metrics.jsonl, open for appending, without what will be made again."""
 
-    def is_kept(line: str) -> bool:
-        values = json.loads(line) if line.endswith("}\n") else {"step": step + 1}  # a process was killed in this line
-        return values["step"] < step or (values["step"] == step and (values["split"] == "train" or is_validated))
+    def is_kept(line: Mapping[str, Any]) -> bool:
+        return line["step"] < step or (line["step"] == step and (line["split"] == "train" or is_validated))
 
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(filter(is_kept, lines)))
-    partial.replace(path)
+    _keep_lines(path, is_kept)
     return path.open("a", buffering=1)
+
+
+def _keep_lines(path: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Removes the other lines of a file, and a last one in which a process was killed."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    _replace(path, "".join(line for line in lines if line.endswith("}\n") and is_kept(json.loads(line))))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a run's metrics.jsonl: step, split and metrics; none where it has not begun.
+
+    Raises:
+        UserError: The folder is no run's, or a line is none of a run.
+    """
+    check_run(folder)
+    path = folder / "metrics.jsonl"
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.is_file() else [], 1):
+        if not line.endswith("}\n"):  # a process was killed in it, or is writing it
+            continue
+        try:
+            lines.append(parse_json(line))
+            if not {"step", "split"} <= lines[-1].keys():
+                raise ValueError("it has no step and split")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged in line {number}: {first_line(error)}.") from None
+    return lines
+
+
+def check_run(folder: Path) -> None:
+    """Raises a UserError if a folder is no run's."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -45,8 +45,6 @@ def validate(
         autocast: Gives the context in which the model computes.
         processes: Those that share the work.
     """
-    was_training = model.training
-    model.eval()
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
     retrieval = Retrieval()
@@ -56,35 +54,35 @@ def validate(
         sums[name] += float(total)
         counts[name] += count
 
-    for batch in batches:
-        with autocast(), FusionUse(model, batch) if has_slots else nullcontext() as use:
-            outputs = model(batch)
-            results = objectives.losses(outputs, batch, model.config)
-        for name, loss in results.items():
-            count = objectives.num_averaged(name, batch, model.config)
-            add(f"{name}_loss", loss.mean * count, count)
-            for metric, total in loss.sums.items():
-                add(f"{name}_{metric}", total, count)
-        if use is not None:
-            of_layers = torch.stack(use.slot_weights())
-            add("memory_frac", of_layers.mean(dim=0).sum(), of_layers.shape[1])
-        for name in outputs.keys() & {"mlm", "report_reconstruction"}:
-            if len(batch) > 1:
-                # Half a batch further on: neighbours may be texts of the same image.
-                other = dataclasses.replace(batch, image_BCHW=batch.image_BCHW.roll(len(batch) // 2, dims=0))
-                with autocast():
-                    again = model.mlm(other) if name == "mlm" else model(other, only=(name,))[name]
+    with model.evaluating():
+        for batch in batches:
+            with autocast(), FusionUse(model, batch) if has_slots else nullcontext() as use:
+                outputs = model(batch)
+                results = objectives.losses(outputs, batch, model.config)
+            for name, loss in results.items():
                 count = objectives.num_averaged(name, batch, model.config)
-                add(f"{name}_accuracy_shuffled_image", again.num_correct, count)
-        for name in outputs.keys() & {"mim", "image_reconstruction"}:
-            means = {name: outputs[name]._replace(pred=_patch_means(outputs[name], batch, model))}
-            (control,) = objectives.losses(means, batch, model.config).values()
-            count = objectives.num_averaged(name, batch, model.config)
-            add(f"{name}_loss_patch_mean", control.mean * count, count)
-        if "global_alignment" in outputs:
-            with autocast():
-                retrieval.add(model.embed(batch), batch)
-    model.train(was_training)
+                add(f"{name}_loss", loss.mean * count, count)
+                for metric, total in loss.sums.items():
+                    add(f"{name}_{metric}", total, count)
+            if use is not None:
+                of_layers = torch.stack(use.slot_weights())
+                add("memory_frac", of_layers.mean(dim=0).sum(), of_layers.shape[1])
+            for name in outputs.keys() & {"mlm", "report_reconstruction"}:
+                if len(batch) > 1:
+                    # Half a batch further on: neighbours may be texts of the same image.
+                    other = dataclasses.replace(batch, image_BCHW=batch.image_BCHW.roll(len(batch) // 2, dims=0))
+                    with autocast():
+                        again = model.mlm(other) if name == "mlm" else model(other, only=(name,))[name]
+                    count = objectives.num_averaged(name, batch, model.config)
+                    add(f"{name}_accuracy_shuffled_image", again.num_correct, count)
+            for name in outputs.keys() & {"mim", "image_reconstruction"}:
+                means = {name: outputs[name]._replace(pred=_patch_means(outputs[name], batch, model))}
+                (control,) = objectives.losses(means, batch, model.config).values()
+                count = objectives.num_averaged(name, batch, model.config)
+                add(f"{name}_loss_patch_mean", control.mean * count, count)
+            if "global_alignment" in outputs:
+                with autocast():
+                    retrieval.add(model.embed(batch), batch)
     shares = processes.gather({name: (sums[name], counts[name]) for name in sums})
     metrics = {}
     for name in {name: None for share in shares for name in share}:  # a process without a batch has none

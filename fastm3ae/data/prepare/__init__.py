@@ -9,7 +9,9 @@ from fastm3ae.data.prepare.melinda import prepare_melinda
 from fastm3ae.data.prepare.mimic_cxr import prepare_mimic_cxr
 from fastm3ae.data.prepare.nih import prepare_nih
 from fastm3ae.data.prepare.openi import prepare_openi
-from fastm3ae.data.prepare.own_data import prepare_csv, prepare_folder, prepare_jsonl
+from fastm3ae.data.prepare.own_data import OwnDataOptions
+from fastm3ae.data.prepare.own_folder import prepare_folder
+from fastm3ae.data.prepare.own_tables import Columns, prepare_csv, prepare_jsonl
 from fastm3ae.data.prepare.roco import prepare_roco
 from fastm3ae.data.prepare.rsna import prepare_rsna
 from fastm3ae.data.prepare.siim import prepare_siim
@@ -18,6 +20,8 @@ from fastm3ae.data.prepare.vqa_rad import prepare_vqa_rad
 
 __all__ = [
     "SOURCES",
+    "Columns",
+    "OwnDataOptions",
     "PrepareReport",
     "prepare_chexpert",
     "prepare_csv",

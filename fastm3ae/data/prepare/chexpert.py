@@ -45,6 +45,7 @@ def prepare_chexpert(
     seed: int = 0,
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes chexpert_{train,val,test}.arrow from CheXpert: one row per radiograph, with its findings as labels.
@@ -64,6 +65,7 @@ def prepare_chexpert(
         seed: Seed of the draw.
         allow_missing: Leave out images that are missing, after the draw.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -99,6 +101,7 @@ def prepare_chexpert(
         names,
         chosen | {"allow_missing": allow_missing},
         on_bad_image=on_bad_image,
+        num_workers=num_workers,
         progress=progress,
     )
 

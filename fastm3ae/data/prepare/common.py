@@ -1,27 +1,32 @@
 """What every source has in common: cleaning texts, merging them per image, and writing the splits."""
 
+import contextlib
+import functools
 import gzip
 import itertools
-import json
+import os
 import random
 import re
 import tempfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
-from fastm3ae.data.arrow import CAPTION_COLUMNS, write_pairs
-from fastm3ae.data.images import decode_image
-from fastm3ae.data.prepare.report import PrepareReport, SplitReport
+from fastm3ae.config.files import parse_json
+from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable, write_pairs
+from fastm3ae.data.prepare.card import write_card
+from fastm3ae.data.prepare.duplicates import OnDuplicates, treat_duplicates
+from fastm3ae.data.prepare.encode import Encode, file_of, keep_bytes, read_image
+from fastm3ae.data.prepare.report import PrepareReport, SplitReport, Written
+from fastm3ae.data.prepare.workers import map_ahead, num_processes
 from fastm3ae.errors import UserError
 
 __all__ = [
     "SPLITS",
-    "Encode",
     "OnBadImage",
     "PrepareReport",
     "Progress",
@@ -31,7 +36,6 @@ __all__ = [
     "read_lines",
     "keep_texts",
     "draw_splits",
-    "map_ahead",
     "require_images",
     "write_rows",
     "write_splits",
@@ -42,16 +46,9 @@ OnBadImage = Literal["drop", "stop"]
 """What to do about an image that cannot be decoded: leave it out and report it, or stop with its name."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done and their total."""
-Encode = Callable[[bytes, Mapping[str, Any]], Mapping[str, Any]]
-"""Returns a row's image, and what else is made from it, from the bytes of the image's file and the row.
 
-Raises a ValueError, whose message is a part of a sentence, if the image is bad.
-"""
-
-READ_AHEAD = 64
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+LONGEST_LINE, LONGEST_UNPACKED = 2**24, 2**28
+"""Characters of a line, and of all that was packed into a .gz file, which may be very small."""
 
 
 class Sample(NamedTuple):
@@ -86,12 +83,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     A file whose name ends in .gz is unpacked.
 
     Raises:
-        UserError: The file cannot be read, is not UTF-8, or its packing is damaged.
+        UserError: The file cannot be read, is not UTF-8, its packing is damaged, or it or a line is far too long.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
+    is_packed, length = path.suffix == ".gz", 0
+    opened = gzip.open if is_packed else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as lines:
-            yield from enumerate(lines, 1)
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 1):
+                length += len(line)
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}, line {number} is longer than {LONGEST_LINE} characters.")
+                if is_packed and length > LONGEST_UNPACKED:
+                    raise UserError(f"{path} unpacks to more than {LONGEST_UNPACKED} characters.")
+                yield number, line
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
 
@@ -106,8 +110,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number} is not valid JSON: {error}.") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number} must be a JSON object, got {line.strip()[:40]!r}.")
@@ -175,7 +179,11 @@ def write_splits(
     *,
     columns: Mapping[str, str] = CAPTION_COLUMNS,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None,
+    encode: Encode = keep_bytes,
+    on_duplicates: OnDuplicates | None = None,
 ) -> PrepareReport:
     """Writes ``{report.name}_{split}.arrow`` for each split and completes the report.
 
@@ -190,10 +198,14 @@ def write_splits(
         columns: Kind of each column. Values beyond those of captions are from the samples' ``more``; of an image with
             several samples, from the last.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
+        facts: What the files will say of their preparation.
+        encode: What is stored of an image's file; by default its bytes as they are.
+        on_duplicates: What to do about images that look the same in two splits; None: they are not looked for.
 
     Raises:
-        UserError: No image with a text is left, or an image is bad and ``on_bad_image`` is "stop".
+        UserError: No image with a text is left, or an image is bad or looks like another and that is to stop.
 
     Source: prepro/make_arrow.py, ``make_arrow``.
     Deviation: The original stores images that cannot be decoded, and its loader then swaps them for others.
@@ -210,17 +222,19 @@ def write_splits(
         {"caption": texts, "image_id": image, "split": split_of[image], **more_of[image]}
         for image, texts in texts_of.items()
     ]
-    return write_rows(rows, root, output, report, columns=columns, on_bad_image=on_bad_image, progress=progress)
-
-
-def keep_bytes(data: bytes, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the bytes of an image's file as its image.
-
-    Raises:
-        ValueError: They cannot be decoded.
-    """
-    decode_image(data)
-    return {"image": data}
+    return write_rows(
+        rows,
+        root,
+        output,
+        report,
+        columns=columns,
+        on_bad_image=on_bad_image,
+        num_workers=num_workers,
+        progress=progress,
+        facts=facts,
+        encode=encode,
+        on_duplicates=on_duplicates,
+    )
 
 
 def write_rows(
@@ -231,64 +245,115 @@ def write_rows(
     *,
     columns: Mapping[str, str],
     on_bad_image: OnBadImage,
+    num_workers: int,
     progress: Progress | None,
     facts: Mapping[str, Any] | None = None,
     kinds_of: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda row: {},
     encode: Encode = keep_bytes,
+    on_duplicates: OnDuplicates | None = None,
 ) -> PrepareReport:
     """Writes ``{report.name}_{split}.arrow`` for each split, its rows in their order, and completes the report.
 
-    Either all arrow files are replaced or none.
+    A data card, ``{report.name}.md``, and a sheet of samples, ``{report.name}_samples.png``, come with them. Either all
+    files are replaced or none.
 
     Args:
-        rows: A value for every column that ``encode`` does not return, one row for each image of a split.
-        root: Folder from which the rows' image ids start.
-        output: Folder of the arrow files; made if missing.
+        rows: A value for every column that ``encode`` does not return, one row for each image of a split; ``file``
+            where an image's path is not its id.
+        root: Folder from which the rows' paths start.
+        output: Folder of the files; made if missing.
         report: Names the data set, and holds what the source has left out so far.
         columns: Kind of each column. The first list of strings, if there is one, are the texts.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: At most so many processes read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
         facts: What the files will say of their preparation.
         kinds_of: Counts what the report tells apart in a row (``SplitReport.kinds``).
         encode: What is stored of an image's file; by default its bytes as they are.
+        on_duplicates: What to do about images that look the same in two splits; None: they are not looked for.
 
     Raises:
-        UserError: No image (or none with a text) is left, or an image is bad and ``on_bad_image`` is "stop".
+        UserError: No image (or none with a text) is left, one lies outside of the root, an image is bad and
+            ``on_bad_image`` is "stop", or there are duplicates and ``on_duplicates`` is.
     """
+    rows = sorted(rows, key=lambda row: SPLITS.index(row["split"]))
+    _check_within(root, map(file_of, rows))
     text_column = next((name for name, kind in columns.items() if kind == "list<string>"), None)
+    look = functools.partial(read_image, root, encode, on_duplicates is not None)
+    num_done = itertools.count(1)
+    identifying: Counter[str] = Counter()
 
-    def with_images(split: str, part: SplitReport) -> Iterator[dict[str, Any]]:
-        of_split = [row for row in rows if row["split"] == split]
-        read = map_ahead(lambda row: _read_image(root / row["image_id"], row, encode), of_split)
-        for row, (encoded, fault) in zip(of_split, read, strict=True):
+    def with_images(part: SplitReport, of_split: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in of_split:
             image = row["image_id"]
+            try:
+                encoded, fault, seen = next(images)
+            except BrokenProcessPool:
+                raise UserError(
+                    f"A process that reads images was ended, by want of memory or by a decoder, at "
+                    f"{root / file_of(row)} or an image soon after it; --num-workers 0 reads them in this process."
+                ) from None
             if fault and on_bad_image == "stop":
-                raise UserError(f"{root / image}: {fault}.")
+                raise UserError(f"{root / file_of(row)}: {fault}.")
             if fault:
                 reason, _, detail = fault.partition(": ")
                 report.drop(reason, f"{image} ({detail})" if detail else image)
             else:
-                part.add(row[text_column] if text_column else (), kinds_of(row))
+                identifying.update(seen.identifying)
+                words = [len(text.split()) for text in row[text_column]] if text_column else []
+                part.images.append(Written(image, words, kinds_of(row), seen.size_px, seen.look))
                 yield {**row, **encoded}
             if progress:
                 progress(next(num_done), len(rows))
 
-    num_done = itertools.count(1)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=f".{report.name}.") as staging:
+    with (
+        contextlib.closing(map_ahead(look, rows, num_processes(num_workers, len(rows)))) as images,
+        tempfile.TemporaryDirectory(dir=output, prefix=f".{report.name}.") as staging,
+    ):
         for split in SPLITS:
             part = report.splits[split] = SplitReport(output / f"{report.name}_{split}.arrow")
-            write_pairs(Path(staging, part.file.name), with_images(split, part), columns, facts)
+            of_split = [row for row in rows if row["split"] == split]
+            write_pairs(Path(staging, part.file.name), with_images(part, of_split), columns, facts)
+        for split, gone in (treat_duplicates(report, on_duplicates) if on_duplicates else {}).items():
+            _leave_out(Path(staging, report.splits[split].file.name), report.splits[split], gone, columns, facts)
         if not any(part.num_images for part in report.splits.values()):
             faults = [f"{len(items)} x {reason} ({items[0]})" for reason, items in report.dropped.items()]
             wanted = "image with a text" if text_column else "image"
             why = "; ".join(faults) or ("no text at all" if text_column else "no image at all")
             raise UserError(f"Not one {wanted} was found, so nothing was written: {why}.")
-        for part in report.splits.values():
-            Path(staging, part.file.name).replace(part.file)
-    report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]
+        report.notes += [f"The split {split} is empty." for split, part in report.splits.items() if not part.num_images]
+        if identifying:
+            counts = ", ".join(f"{count} x {name}" for name, count in identifying.most_common())
+            report.warnings.append(f"Fields that may say who a patient is stand in the images' headers: {counts}.")
+        write_card(Path(staging), report, facts or {}, text_column)
+        for path in sorted(Path(staging).iterdir()):
+            path.replace(output / path.name)
     return report
+
+
+def _leave_out(
+    path: Path, part: SplitReport, gone: Container[str], columns: Mapping[str, str], facts: Mapping[str, Any] | None
+) -> None:
+    """Writes an arrow file again without some of its images."""
+    table = ArrowTable([path])
+    kept = (
+        {name: table.row(i, name) for name in columns} for i, image in enumerate(part.images) if image.image not in gone
+    )
+    write_pairs(path, kept, columns, facts)
+    part.images = [image for image in part.images if image.image not in gone]
+
+
+def _check_within(root: Path, images: Iterable[str]) -> None:
+    """Raises a UserError that names the first image whose path leads out of the folder."""
+    folder = os.path.abspath(root)
+    for image in images:
+        if os.path.commonpath([folder, os.path.abspath(os.path.join(folder, image))]) != folder:
+            raise UserError(
+                f"The image {image!r} lies outside of {root}, from where nothing is read; of your own table "
+                "--image-root names the folder."
+            )
 
 
 def require_images(
@@ -316,27 +381,3 @@ def require_images(
     for image in missing:
         report.drop("the image file is missing", image)
     return set(named) - set(missing)
-
-
-def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """Yields ``function`` of each item in order; threads work some items ahead."""
-    with ThreadPoolExecutor() as pool:
-        pending: deque[Future[_Out]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == READ_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _read_image(path: Path, row: Mapping[str, Any], encode: Encode) -> tuple[Mapping[str, Any], str]:
-    """Returns what a row's image file is encoded as, and what is wrong with the file ("" if nothing is)."""
-    try:
-        return encode(path.read_bytes(), row), ""
-    except FileNotFoundError:
-        return {}, "the image file is missing"
-    except OSError as error:
-        return {}, f"the image file cannot be read: {error}"
-    except ValueError as error:
-        return {}, str(error)

@@ -28,6 +28,7 @@ def prepare_irtr_roco(
     seed: int = 42,
     min_words: int = 3,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes irtr_roco_{train,val,test}.arrow from a ROCO release: its captions, shuffled within each split.
@@ -42,6 +43,7 @@ def prepare_irtr_roco(
         seed: Seed of the one random stream that shuffles train, val and test, in this order.
         min_words: Shorter captions are left out.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -69,4 +71,6 @@ def prepare_irtr_roco(
     pairs = itertools.chain(
         samples("train"), itertools.islice(samples("val"), num_val), itertools.islice(samples("test"), num_test)
     )
-    return write_splits(pairs, root, output, report, on_bad_image=on_bad_image, progress=progress)
+    return write_splits(
+        pairs, root, output, report, on_bad_image=on_bad_image, num_workers=num_workers, progress=progress
+    )

@@ -1,19 +1,21 @@
 """Images with labels and without texts: how their splits are drawn, and how they and their masks are written."""
 
-import io
+import functools
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, PATIENT_COLUMN, SEGMENTATION_COLUMNS
-from fastm3ae.data.dicom import decode_dicom
-from fastm3ae.data.prepare.common import OnBadImage, PrepareReport, Progress, keep_bytes, write_rows
+from fastm3ae.data.decode import encode_png
+from fastm3ae.data.dicom import Window, decode_dicom
+from fastm3ae.data.prepare.common import OnBadImage, PrepareReport, Progress, write_rows
+from fastm3ae.data.prepare.encode import Encoded, keep_bytes
 from fastm3ae.errors import UserError
 
 __all__ = ["DrawMask", "draw_as_mgca", "draw_val", "report_unnamed", "write_labelled"]
@@ -97,13 +99,15 @@ def write_labelled(
     options: Mapping[str, Any],
     *,
     on_bad_image: OnBadImage,
+    num_workers: int,
     progress: Progress | None,
     draw_mask: DrawMask | None = None,
+    window: Window | Literal["max"] = "max",
 ) -> PrepareReport:
     """Writes ``{report.name}_{split}.arrow`` for each split, and completes the report.
 
     Without masks, images are stored as they lie in their files. With masks, the files are DICOM files, and images and
-    masks are stored as 8-bit PNGs.
+    masks are stored as PNGs.
 
     Args:
         rows: ``image_id``, ``split`` and ``labels`` (one 0 or 1 for every class) of each image, ``patient`` where that
@@ -114,18 +118,14 @@ def write_labelled(
         classes: Names of the classes, in the order of the labels.
         options: What was chosen; the files will name it, with ``on_bad_image``.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
-        draw_mask: Draws the mask of an image; None: there are no masks.
+        draw_mask: Draws the mask of an image, and can be pickled; None: there are no masks.
+        window: Which values of DICOM files become black and white (``decode_dicom``).
 
     Raises:
         UserError: As ``write_rows``.
     """
-
-    def encode(data: bytes, row: Mapping[str, Any]) -> dict[str, bytes]:
-        image = decode_dicom(data)
-        mask = Image.fromarray(draw_mask(row, image.width, image.height).astype(np.uint8) * 255)
-        return {"image": _png(image), "mask": _png(mask)}
-
     columns = IMAGE_LABEL_COLUMNS if draw_mask is None else SEGMENTATION_COLUMNS
     return write_rows(
         rows,
@@ -134,14 +134,16 @@ def write_labelled(
         report,
         columns=columns | (PATIENT_COLUMN if rows and "patient" in rows[0] else {}),
         on_bad_image=on_bad_image,
+        num_workers=num_workers,
         progress=progress,
         facts={"options": {**options, "on_bad_image": on_bad_image}, "classes": {"labels": list(classes)}},
         kinds_of=lambda row: dict(zip(classes, row["labels"], strict=True)),
-        encode=keep_bytes if draw_mask is None else encode,
+        encode=keep_bytes if draw_mask is None else functools.partial(_encode, draw_mask=draw_mask, window=window),
     )
 
 
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+def _encode(data: bytes, row: Mapping[str, Any], *, draw_mask: DrawMask, window: Window | Literal["max"]) -> Encoded:
+    """Returns the PNGs of a DICOM file's image and of its mask."""
+    image = decode_dicom(data, window)
+    mask = Image.fromarray(draw_mask(row, image.width, image.height).astype(np.uint8) * 255)
+    return Encoded({"image": encode_png(image), "mask": encode_png(mask)}, image)

@@ -36,6 +36,7 @@ def prepare_medicat(
     seed: int = 42,
     min_words: int = 3,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes medicat_{train,val,test}.arrow from a MediCaT release: its radiology figures, captions first.
@@ -50,6 +51,7 @@ def prepare_medicat(
         seed: Seed of the shuffle.
         min_words: Shorter texts are left out.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -79,7 +81,9 @@ def prepare_medicat(
             if texts:
                 yield Sample(split, image, texts)
 
-    return write_splits(samples(), root, output, report, on_bad_image=on_bad_image, progress=progress)
+    return write_splits(
+        samples(), root, output, report, on_bad_image=on_bad_image, num_workers=num_workers, progress=progress
+    )
 
 
 def _radiology_figures(path: Path, min_words: int, report: PrepareReport) -> list[tuple[str, list[str]]]:

@@ -52,6 +52,7 @@ def prepare_medvqa_2019(
     on_empty_answer: OnEmptyAnswer = "keep",
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes vqa_medvqa_2019_{train,val,test}.arrow from VQA-Med 2019: one row per image, with its questions.
@@ -67,6 +68,7 @@ def prepare_medvqa_2019(
             question out, or stop.
         allow_missing: Leave out the questions about images that are missing.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -90,7 +92,7 @@ def prepare_medvqa_2019(
     options = VqaOptions(
         answers=answers, on_empty_answer=on_empty_answer, allow_missing=allow_missing, on_bad_image=on_bad_image
     )
-    return write_questions(questions, root, output, report, options, progress=progress)
+    return write_questions(questions, root, output, report, options, num_workers=num_workers, progress=progress)
 
 
 def _official(root: Path) -> list[_File]:

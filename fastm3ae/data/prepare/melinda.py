@@ -36,6 +36,7 @@ def prepare_melinda(
     *,
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes cls_melinda_{train,val,test}.arrow from MELINDA: one row per figure, with its captions and their classes.
@@ -48,6 +49,7 @@ def prepare_melinda(
         output: Folder of the arrow files.
         allow_missing: Leave out the captions of figures that are missing.
         on_bad_image: What to do about a figure that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -84,6 +86,7 @@ def prepare_melinda(
         report,
         columns=MELINDA_COLUMNS,
         on_bad_image=on_bad_image,
+        num_workers=num_workers,
         progress=progress,
         facts={"options": {"allow_missing": allow_missing, "on_bad_image": on_bad_image}, "classes": classes},
     )

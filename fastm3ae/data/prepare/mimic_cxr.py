@@ -21,7 +21,6 @@ from fastm3ae.data.prepare.common import (
     PrepareReport,
     Progress,
     Sample,
-    map_ahead,
     read_lines,
     require_files,
     write_splits,
@@ -35,6 +34,7 @@ from fastm3ae.data.prepare.reports import (
     find_sections,
 )
 from fastm3ae.data.prepare.tables import read_unique_rows
+from fastm3ae.data.prepare.workers import map_ahead
 from fastm3ae.errors import UserError, nearest
 
 __all__ = ["CHEXPERT_LABELS", "prepare_mimic_cxr"]
@@ -90,6 +90,7 @@ def prepare_mimic_cxr(
     placeholders: Placeholders = "keep",
     join: bool = False,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes mimic_cxr_{train,val,test}.arrow from MIMIC-CXR-JPG and its reports: one row per frontal image.
@@ -108,6 +109,7 @@ def prepare_mimic_cxr(
         placeholders: What becomes of words that de-identification replaced by ___.
         join: Make one text of a report's sections.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -165,7 +167,14 @@ def prepare_mimic_cxr(
             raise UserError(f"There is no report in {folder}; expected {REPORT} and so on; --reports names its folder.")
 
     return write_splits(
-        samples(), source, output, report, columns=MIMIC_CXR_COLUMNS, on_bad_image=on_bad_image, progress=progress
+        samples(),
+        source,
+        output,
+        report,
+        columns=MIMIC_CXR_COLUMNS,
+        on_bad_image=on_bad_image,
+        num_workers=num_workers,
+        progress=progress,
     )
 
 

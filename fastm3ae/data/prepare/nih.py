@@ -52,6 +52,7 @@ def prepare_nih(
     seed: int = 0,
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes nih_{train,val,test}.arrow from ChestX-ray14: one row per radiograph, with its 14 findings as labels.
@@ -67,6 +68,7 @@ def prepare_nih(
         seed: Seed of the draw.
         allow_missing: Leave out images that are missing, after the draw.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -100,6 +102,7 @@ def prepare_nih(
         CLASSES,
         {"val_frac": val_frac, "seed": seed, "allow_missing": allow_missing},
         on_bad_image=on_bad_image,
+        num_workers=num_workers,
         progress=progress,
     )
 

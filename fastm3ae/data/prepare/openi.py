@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 from fastm3ae.data.prepare.common import (
     OnBadImage,
@@ -24,7 +23,7 @@ from fastm3ae.data.prepare.common import (
     draw_splits,
     write_splits,
 )
-from fastm3ae.data.prepare.reports import Placeholders, Section, TextChoice, check_sections, choose_texts
+from fastm3ae.data.prepare.reports import Placeholders, Section, TextChoice, check_sections, choose_texts, read_xml
 from fastm3ae.data.prepare.tables import read_csv, require_columns
 from fastm3ae.errors import UserError, nearest
 
@@ -58,6 +57,7 @@ def prepare_openi(
     placeholders: Placeholders = "keep",
     join: bool = False,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes openi_{train,val,test}.arrow from the Indiana University chest X-rays of Open-i: XML reports and PNGs.
@@ -81,6 +81,7 @@ def prepare_openi(
         placeholders: What becomes of words that de-identification replaced by XXXX.
         join: Make one text of a report's sections.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -124,7 +125,9 @@ def prepare_openi(
             report.drop("row of the projections for an image that no report names", image)
     split_of = draw_splits(texts_of, val_frac, test_frac, seed, report)
     samples = (Sample(split_of[name], image, texts) for name, texts in texts_of.items() for image in images_of[name])
-    return write_splits(samples, image_folder, output, report, on_bad_image=on_bad_image, progress=progress)
+    return write_splits(
+        samples, image_folder, output, report, on_bad_image=on_bad_image, num_workers=num_workers, progress=progress
+    )
 
 
 def _usable_images(
@@ -190,10 +193,7 @@ def _image_files(folder: Path) -> dict[str, str]:
 def _read_reports(folder: Path) -> Iterator[_Report]:
     """Yields each report, in the order of their numbers."""
     for path in sorted(folder.glob("*.xml"), key=lambda path: (len(path.stem), path.stem)):
-        try:
-            root = ElementTree.parse(path).getroot()
-        except (OSError, ElementTree.ParseError) as error:
-            raise UserError(f"{path} cannot be read as XML: {error}.") from None
+        root = read_xml(path)
         if root.tag != "eCitation":
             raise UserError(f"{path} is no report of Open-i: it is a <{root.tag}>, expected an <eCitation>.")
         sections = [

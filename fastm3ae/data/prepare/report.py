@@ -4,29 +4,62 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
-__all__ = ["PrepareReport", "SplitReport"]
+__all__ = ["NUM_EXAMPLES", "PrepareReport", "SplitReport", "Written", "examples"]
 
 NUM_EXAMPLES = 3
 
 
+class Written(NamedTuple):
+    """What is known of an image that an arrow file holds.
+
+    Args:
+        image: Its id.
+        num_words: How many words each of its texts has.
+        kinds: How many of its texts are of each kind, where they are told apart; of an image without texts, 0 or 1 for
+            each label.
+        size_px: Its width and height.
+        look: Its perceptual hash, if it was asked for.
+    """
+
+    image: str
+    num_words: Sequence[int]
+    kinds: Mapping[str, int]
+    size_px: tuple[int, int]
+    look: bytes = b""
+
+
 @dataclass
 class SplitReport:
-    """What one arrow file holds."""
+    """What one arrow file holds, image by image."""
 
     file: Path
-    num_images: int = 0
-    num_texts: int = 0
-    num_words: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Number of texts of each kind, where they are told apart; of images without texts, how many have each label."""
+    images: list[Written] = field(default_factory=list)
 
-    def add(self, texts: Sequence[str], kinds: Mapping[str, int]) -> None:
-        """Counts one image and its texts."""
-        self.num_images += 1
-        self.kinds.update(kinds)
-        self.num_texts += len(texts)
-        self.num_words += sum(len(text.split()) for text in texts)
+    @property
+    def num_images(self) -> int:
+        """How many images it holds."""
+        return len(self.images)
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts they have together."""
+        return sum(len(image.num_words) for image in self.images)
+
+    @property
+    def num_words(self) -> list[int]:
+        """Number of words of each text."""
+        return [num for image in self.images for num in image.num_words]
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many texts (without texts: images) there are of each kind, or with each label."""
+        counts: Counter[str] = Counter()
+        for image in self.images:
+            counts.update(image.kinds)
+        return counts
 
 
 @dataclass
@@ -42,6 +75,8 @@ class PrepareReport:
     moved: list[str] = field(default_factory=list)
     """Images that several splits name."""
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What may make results better than they are, or say who a patient is."""
 
     def drop(self, reason: str, item: str) -> None:
         """Records something that was left out."""
@@ -50,31 +85,34 @@ class PrepareReport:
     def render(self) -> str:
         """Returns the report as plain text: tables of the splits, then what was left out and what else to know."""
         lines = self._splits_with_texts() if self.text_name else self._splits_with_labels()
-        lines += [f"Left out {len(items)}: {reason} ({_examples(items)})." for reason, items in self.dropped.items()]
+        lines += [f"Left out {len(items)}: {reason} ({examples(items)})." for reason, items in self.dropped.items()]
         if not self.dropped:
             lines.append("Nothing was left out.")
         if self.moved:
-            lines.append(f"Named in several splits and put into the last: {len(self.moved)} ({_examples(self.moved)}).")
-        return "\n".join(lines + self.notes)
+            lines.append(f"Named in several splits and put into the last: {len(self.moved)} ({examples(self.moved)}).")
+        return "\n".join([*lines, *self.notes, *(f"Warning: {warning}" for warning in self.warnings)])
 
     @property
-    def _kinds(self) -> list[str]:
+    def kinds(self) -> list[str]:
         """Kinds or labels of all splits, in the order in which they were counted."""
         return list(dict.fromkeys(kind for part in self.splits.values() for kind in part.kinds))
 
     def _splits_with_texts(self) -> list[str]:
         """Returns a row for each split: its images, its texts and their kinds."""
-        table = [(self.name, ["images", f"{self.text_name}s", *self._kinds, f"words/{self.text_name}"], "file")]
+        kinds = self.kinds
+        table = [(self.name, ["images", f"{self.text_name}s", *kinds, f"words/{self.text_name}"], "file")]
         for split, part in self.splits.items():
-            words = f"{part.num_words / part.num_texts:.1f}" if part.num_texts else "-"
-            counts = [part.num_images, part.num_texts, *(part.kinds[kind] for kind in self._kinds)]
+            num_words, num_kinds = part.num_words, part.kinds
+            words = f"{fmean(num_words):.1f}" if num_words else "-"
+            counts = [part.num_images, part.num_texts, *(num_kinds[kind] for kind in kinds)]
             table.append((split, [*map(str, counts), words], str(part.file)))
         return _aligned(table)
 
     def _splits_with_labels(self) -> list[str]:
         """Returns a row for each split, and then one for each label, because the names of labels are long."""
         files = [(split, [str(part.num_images)], str(part.file)) for split, part in self.splits.items()]
-        labels = [(label, [str(part.kinds[label]) for part in self.splits.values()], "") for label in self._kinds]
+        kinds = [part.kinds for part in self.splits.values()]
+        labels = [(label, [str(counts[label]) for counts in kinds], "") for label in self.kinds]
         return [
             *_aligned([(self.name, ["images"], "file"), *files]),
             *_aligned([("images with", list(self.splits), ""), *labels]),
@@ -88,6 +126,6 @@ def _aligned(table: Sequence[tuple[str, list[str], str]]) -> list[str]:
     return [f"{name:<{width}}{''.join(map(str.rjust, cells, widths))}  {last}".rstrip() for name, cells, last in table]
 
 
-def _examples(items: list[str]) -> str:
+def examples(items: Sequence[str]) -> str:
     """Returns the first few items, and dots if there are more."""
     return "; ".join(items[:NUM_EXAMPLES]) + ("; ..." if len(items) > NUM_EXAMPLES else "")

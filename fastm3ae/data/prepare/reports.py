@@ -3,12 +3,23 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Literal, NamedTuple
+from xml.etree import ElementTree
 
 from fastm3ae.data.prepare.common import PrepareReport, keep_texts
 from fastm3ae.errors import UserError, nearest
 
-__all__ = ["SECTIONS", "Placeholders", "Section", "TextChoice", "check_sections", "choose_texts", "find_sections"]
+__all__ = [
+    "SECTIONS",
+    "Placeholders",
+    "Section",
+    "TextChoice",
+    "check_sections",
+    "choose_texts",
+    "find_sections",
+    "read_xml",
+]
 
 Placeholders = Literal["keep", "remove"]
 """What becomes of words that de-identification has blacked out with ___ or XXXX, wholly or in part."""
@@ -69,6 +80,18 @@ class TextChoice(NamedTuple):
     min_words: int
     placeholders: Placeholders
     join: bool
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """Returns the root of an XML file. Entities that name other files are refused, as are those that grow.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        return ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of odd encodings
+        raise UserError(f"{path} cannot be read as XML: {error}.") from None
 
 
 def check_sections(sections: Sequence[str], known: Sequence[str]) -> None:

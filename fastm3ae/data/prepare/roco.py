@@ -43,6 +43,7 @@ def prepare_roco(
     references: Path | None = None,
     min_words: int = 3,
     on_bad_image: OnBadImage = "drop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes roco_{train,val,test}.arrow from a ROCO release: of each image, texts that refer to it, then its caption.
@@ -54,6 +55,7 @@ def prepare_roco(
             to the ROCO folder; if they are not there, captions are the only texts.
         min_words: Shorter texts are left out.
         on_bad_image: What to do about an image whose file is missing or cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -91,7 +93,9 @@ def prepare_roco(
                     if texts := keep_texts([text], min_words, report, where):
                         yield Sample(split, f"{images}/{roco_id}.jpg", texts)
 
-    return write_splits(samples(), root, output, report, on_bad_image=on_bad_image, progress=progress)
+    return write_splits(
+        samples(), root, output, report, on_bad_image=on_bad_image, num_workers=num_workers, progress=progress
+    )
 
 
 def find_roco(source: Path) -> tuple[Path, dict[str, Path]]:

@@ -13,10 +13,11 @@ down the columns, one after the other.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from fastm3ae.data.dicom import Window
 from fastm3ae.data.prepare.common import OnBadImage, PrepareReport, Progress, require_files, require_images
 from fastm3ae.data.prepare.labels import draw_as_mgca, report_unnamed, write_labelled
 from fastm3ae.data.prepare.tables import read_csv, require_columns
@@ -36,21 +37,27 @@ def prepare_siim(
     output: Path,
     *,
     seed: int = 0,
+    window: Window | Literal["max"] = "max",
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes siim_{train,val,test}.arrow from SIIM-ACR's pneumothorax challenge: radiographs, labels, and masks.
 
-    Images are drawn at random, 70 : 15 : 15. They become 8-bit PNGs. An image's mask is the union of its outlines.
+    Images are drawn at random, 70 : 15 : 15. They become PNGs. An image's mask is the union of its outlines.
     Needs pydicom: pip install 'fastm3ae[dicom]'.
 
     Args:
         source: The folder of the release.
         output: Folder of the arrow files.
         seed: Seed of the draw.
+        window: Which values become black and white: those of the file's window (tag; none: of its lowest and highest
+            value) or of this centre and width, after rescaling, in 16-bit PNGs; max: x * 255 / max(x) of the stored
+            values, in 8-bit PNGs, as in MGCA.
         allow_missing: Leave out images that are missing, after the draw.
         on_bad_image: What to do about an image that cannot be decoded, or with a mask of another size.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -85,10 +92,12 @@ def prepare_siim(
         output,
         report,
         CLASSES,
-        {"seed": seed, "allow_missing": allow_missing},
+        {"seed": seed, "allow_missing": allow_missing} | ({} if window == "max" else {"window": window}),
         on_bad_image=on_bad_image,
+        num_workers=num_workers,
         progress=progress,
         draw_mask=_draw_runs,
+        window=window,
     )
 
 

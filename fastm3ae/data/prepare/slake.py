@@ -29,6 +29,7 @@ def prepare_slake(
     on_empty_answer: OnEmptyAnswer = "keep",
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes vqa_slack_{train,val,test}.arrow from SLAKE: one row per image of a split, with its questions.
@@ -44,6 +45,7 @@ def prepare_slake(
             question out, or stop.
         allow_missing: Leave out the questions about images that are missing.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -76,4 +78,6 @@ def prepare_slake(
         answers=answers, on_empty_answer=on_empty_answer, allow_missing=allow_missing, on_bad_image=on_bad_image
     )
     facts = {"languages": list(languages)}
-    return write_questions(questions, root, output, report, options, facts=facts, progress=progress)
+    return write_questions(
+        questions, root, output, report, options, facts=facts, num_workers=num_workers, progress=progress
+    )

@@ -1,6 +1,5 @@
 """Questions about images: what VQA-RAD, SLAKE and MedVQA-2019 have in common once their questions are read."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fastm3ae.config.files import parse_json
 from fastm3ae.data.answers import normalize_answer
 from fastm3ae.data.arrow import VQA_COLUMNS
 from fastm3ae.data.prepare.common import (
@@ -70,8 +70,8 @@ def read_questions(
     """
     path = root / file
     try:
-        records = json.loads("".join(line for _, line in read_lines(path)))
-    except json.JSONDecodeError as error:
+        records = parse_json("".join(line for _, line in read_lines(path)))
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must be a JSON list of questions, got {type(records).__name__}.")
@@ -110,6 +110,7 @@ def write_questions(
     options: VqaOptions,
     *,
     facts: Mapping[str, Any] | None = None,
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes ``{report.name}_{split}.arrow`` with one row for each image of a split, and completes the report.
@@ -126,6 +127,7 @@ def write_questions(
         report: Names the data set.
         options: What was chosen.
         facts: Further options, which the files will name.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -173,6 +175,7 @@ def write_questions(
         report,
         columns=VQA_COLUMNS,
         on_bad_image=options.on_bad_image,
+        num_workers=num_workers,
         progress=progress,
         facts={"options": chosen, "classes": {"answer_labels": list(label_of)}},
         kinds_of=lambda row: {"closed": row["answer_type"].count(0), "open": row["answer_type"].count(1)},

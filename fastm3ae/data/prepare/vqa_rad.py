@@ -31,6 +31,7 @@ def prepare_vqa_rad(
     on_empty_answer: OnEmptyAnswer = "keep",
     allow_missing: bool = False,
     on_bad_image: OnBadImage = "stop",
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes vqa_vqa_rad_{train,val,test}.arrow from VQA-RAD: one row per image of a split, with its questions.
@@ -48,6 +49,7 @@ def prepare_vqa_rad(
             question out, or stop.
         allow_missing: Leave out the questions about images that are missing.
         on_bad_image: What to do about an image that cannot be decoded.
+        num_workers: Processes that read the images, with the same result; 0: threads of this one.
         progress: Called after each image.
 
     Raises:
@@ -81,4 +83,6 @@ def prepare_vqa_rad(
         answers=answers, on_empty_answer=on_empty_answer, allow_missing=allow_missing, on_bad_image=on_bad_image
     )
     questions = [*of["train"], *validation, *of["test"]]
-    return write_questions(questions, root, output, report, options, facts=facts, progress=progress)
+    return write_questions(
+        questions, root, output, report, options, facts=facts, num_workers=num_workers, progress=progress
+    )

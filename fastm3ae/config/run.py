@@ -1,54 +1,26 @@
-"""The configuration: frozen dataclasses. A unit stands in the field's name (``_px``, ``_frac``, ``_steps``).
+"""What a command runs: pre-training, fine-tuning or an evaluation, on which data, and with what hidden.
 
-Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh); ``presets.py`` holds named configurations,
-``model_config.py`` the part that a checkpoint's model is built from.
+Defaults are the original's pre-training run (run_scripts/pretrain_m3ae.sh).
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastm3ae.errors import UserError
-from fastm3ae.model_config import (
-    MPMA_PRETRAINING_OBJECTIVES,
-    PRETRAINING_OBJECTIVES,
-    AlignmentConfig,
-    FusionConfig,
-    ImageConfig,
-    ImageReconstructionConfig,
-    LossWeightsConfig,
-    M3AEConfig,
-    MIMConfig,
-    ModelConfig,
-    MPMAConfig,
-)
-from fastm3ae.tower_config import TextConfig, VisionConfig
+from fastm3ae.config.model import M3AEConfig, ModelConfig
+from fastm3ae.config.ranges import check_finite
+from fastm3ae.config.train import OptimConfig, TrainConfig
+from fastm3ae.errors import UserError, shown
 
 __all__ = [
-    "MPMA_PRETRAINING_OBJECTIVES",
-    "PRETRAINING_OBJECTIVES",
-    "AlignmentConfig",
     "DataConfig",
     "EvaluateConfig",
+    "FeaturesConfig",
     "FinetuneConfig",
-    "FusionConfig",
-    "ImageConfig",
-    "ImageReconstructionConfig",
-    "LossWeightsConfig",
-    "M3AEConfig",
-    "MIMConfig",
-    "MPMAConfig",
     "MaskingConfig",
-    "ModelConfig",
-    "OptimConfig",
     "PretrainConfig",
     "RunConfig",
     "TaskConfig",
-    "TextConfig",
-    "TrainConfig",
-    "VisionConfig",
 ]
-
-Step = Literal["packed", "original"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,132 +77,14 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW in the original's six parameter groups, warm-up, and a polynomial or cosine decay."""
-
-    learning_rate: float = 1e-5
-    """Peak learning rate of the towers and the modality embeddings."""
-    head_lr_multiplier: float = 5.0
-    """The heads learn so many times faster."""
-    fusion_lr_multiplier: float = 5.0
-    """The projections, fusion layers and poolers learn so many times faster."""
-    weight_decay: float = 0.01
-    """Weight decay of the decayed groups."""
-    beta1: float = 0.9
-    """Decay of the gradients' running mean."""
-    beta2: float = 0.98
-    """Decay of the squared gradients' running mean."""
-    eps: float = 1e-8
-    """Added to the root of the squared gradients' running mean."""
-    schedule: Literal["polynomial", "cosine"] = "polynomial"
-    """Shape of the decay after the warm-up."""
-    warmup_frac: float = 0.1
-    """Fraction of all steps over which the learning rate rises from 0."""
-    warmup_steps: int | None = None
-    """The same as a number of steps; None: use warmup_frac."""
-    decay_power: float = 1.0
-    """Power of the polynomial decay; 1 is linear."""
-    end_learning_rate: float = 0.0
-    """Where the polynomial decay ends, for every group."""
-    clip_grad_norm: float | None = None
-    """Scale gradients down to this total norm; None: no clipping, as the original."""
-    adamw: Literal["torch", "official"] = "torch"
-    """torch: torch.optim.AdamW, fused. official: the arithmetic of the original's AdamW."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup_frac <= 1:
-            raise UserError(f"optim.warmup_frac must lie between 0 and 1, got {self.warmup_frac}.")
-        if self.end_learning_rate >= self.learning_rate:
-            raise UserError(
-                f"optim.end_learning_rate must be below optim.learning_rate, "
-                f"got {self.end_learning_rate} and {self.learning_rate}."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The loop: how long, how large, how precise, how often."""
-
-    num_steps: int | None = 100_000
-    """Optimiser steps; None: as many as num_epochs needs."""
-    num_epochs: int | None = None
-    """Stop after so many passes over the data, if that comes first."""
-    batch_size: int = 256
-    """Image-text pairs per optimiser step, over all processes and passes together."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Pairs per process and forward pass, at most; the gradients of several passes are added up. auto: on a GPU the
-    most that its memory holds, found by trying and halving; on a CPU 32. The result differs by rounding and dropout.
-    With several passes a step, global alignment runs the towers once more, to contrast each pair with all others."""
-    step: Step = "packed"
-    """packed: one pass for all objectives, without padding and without what no loss reads. original: a pass for each
-    objective, as in the original. Both give the same losses and gradients; dropout draws other numbers."""
-    share_texts: bool = False
-    """Not exact while the language tower has dropout: encode a text once for all objectives of the packed step that see
-    it unmasked, so that they see the same dropout."""
-    checkpoint_activations: bool = False
-    """Exact: the packed step keeps only what its layers start from and computes the rest again in the backward pass,
-    which takes less memory and more time."""
-    compiled: bool = False
-    """Exact: compile the packed step with torch.compile, which takes some minutes at the start."""
-    cuda_graphs: bool = False
-    """Exact: on one GPU, record the packed step of M3AE once and replay it, which saves the time in which the GPU waits
-    for the next kernel to be started. Batches are filled up to the size of a bucket, by some percent."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast type on a GPU (fp16 with a gradient scaler); a CPU always computes in fp32."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
-    num_workers: int = 8
-    """Processes that decode images and tokenize texts, at most the machine's cores; 0: none. No effect on results."""
-    log_every_steps: int = 10
-    """How often losses go to metrics.jsonl and TensorBoard."""
-    validate_every_steps: int = 5_000
-    """How often the validation split is evaluated; always at the end."""
-    validate_every_epochs: float | None = None
-    """The same in passes over the data; None: use validate_every_steps."""
-    max_val_batches: int | None = None
-    """Validate on at most so many batches; None: the whole split."""
-    num_pictures: int = 8
-    """Validation pairs drawn into each picture; 0: no pictures."""
-    save_every_steps: int = 5_000
-    """How often a checkpoint is written; always at the end."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept, beside the one that validated best."""
-    patience: int | None = None
-    """Stop early after so many validations in a row of which none was the best so far; None: never."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-
-    def __post_init__(self) -> None:
-        counts = ("num_steps", "num_epochs", "batch_size", "micro_batch", "log_every_steps", "validate_every_steps",
-                  "max_val_batches", "save_every_steps", "keep_checkpoints", "patience")  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"train.{name} must be at least 1, got {value}.")
-        if self.num_steps is None and self.num_epochs is None:
-            raise UserError("train.num_steps or train.num_epochs must say when training ends; both are None.")
-        if self.validate_every_epochs is not None and self.validate_every_epochs <= 0:
-            raise UserError(f"train.validate_every_epochs must be positive, got {self.validate_every_epochs}.")
-        for name in ("share_texts", "checkpoint_activations", "compiled", "cuda_graphs"):
-            if self.step == "original" and getattr(self, name):
-                raise UserError(f"train.{name} is an option of train.step packed only.")
-        if self.compiled and self.checkpoint_activations:
-            raise UserError("train.compiled and train.checkpoint_activations exclude each other.")
-        if self.cuda_graphs and self.checkpoint_activations:
-            raise UserError("train.cuda_graphs and train.checkpoint_activations exclude each other.")
-        for name in ("num_workers", "num_pictures"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} must not be negative, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What pre-training and fine-tuning have in common."""
 
     output: str = "runs/run"
     """The run folder; it must be new or empty, unless the run resumes."""
     resume: str | None = None
-    """A checkpoint of a run to go on with, exactly; "auto": the newest whole one in ``output``, if there is one."""
+    """A checkpoint of a run to go on with, exactly; "auto": the newest whole one in ``output``, if there is one. What
+    torchrun starts again after a failure (``--max-restarts``) goes on from what it has saved, whatever stands here."""
     force_resume: bool = False
     """Go on although the configuration or the data differ from the checkpoint's."""
     init_from: str | None = None
@@ -243,8 +97,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, got {self.seed}.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be at least 0 and less than 2**63, got {shown(self.seed)}.")
+        check_finite(self)
         if self.model.kind != "m3ae" and self.train.step != "packed":
             raise UserError(
                 f"train.step must be packed for {self.model.kind.upper()}, which has no original's step, "
@@ -331,11 +186,29 @@ class FinetuneConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """How well a checkpoint does its task on a split."""
+class SplitConfig:
+    """A checkpoint, and how it reads a split."""
 
     checkpoint: str
     """A checkpoint: its folder or its .safetensors file."""
+    split: str = "test"
+    """Which files are read: {dataset}_{split}.arrow."""
+    root: str | None = None
+    """Folder of the data files; None: where they were in training."""
+    datasets: tuple[str, ...] | None = None
+    """Names of the data sets; None: those of the training."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    num_workers: int = 4
+    """Processes that decode images and tokenize texts, at most the machine's cores; 0: none."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop with its file and row, or skip the item and say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SplitConfig):
+    """How well a checkpoint does its task on a split."""
+
     task: Literal["auto", "retrieval", "zero-shot"] = "auto"
     """auto: what the checkpoint was fine-tuned for. Of one that was only pre-trained, by its image-text matching (M3AE)
     or its global alignment (MPMA), retrieval: find texts by images and images by texts; zero-shot: tell classes of
@@ -347,12 +220,6 @@ class EvaluateConfig:
     them. Not exact; None: all pairs are scored."""
     num_preselected: int = 64
     """Retrieval with ``preselect_with``: so many texts of each image, and so many images of each text."""
-    split: str = "test"
-    """Which files are read: {dataset}_{split}.arrow."""
-    root: str | None = None
-    """Folder of the data files; None: where they were in training."""
-    datasets: tuple[str, ...] | None = None
-    """Names of the data sets; None: those of the training."""
     tokenizer: str | None = None
     """Hub name or local folder; None: the one in the checkpoint's folder, or else that of the training."""
     image_size_px: int | None = None
@@ -369,12 +236,6 @@ class EvaluateConfig:
     """Items per pass."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type on a GPU; a CPU always computes in fp32."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
-    num_workers: int = 4
-    """Processes that decode images and tokenize texts, at most the machine's cores; 0: none."""
-    on_bad_sample: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop with its file and row, or skip the item and say so."""
 
     def __post_init__(self) -> None:
         for name in ("num_resamples", "batch_size", "max_images", "image_size_px", "num_preselected"):
@@ -383,3 +244,31 @@ class EvaluateConfig:
                 raise UserError(f"{name} must be at least 1, got {value}.")
         if (self.task == "zero-shot") != (self.prompts is not None):
             raise UserError("prompts must name a file of prompts for the task zero-shot, and for no other.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(SplitConfig):
+    """The features of a split's images and texts."""
+
+    checkpoint: str
+    """A checkpoint: its folder or its .safetensors file, or an official .ckpt that holds its configuration."""
+    output: str = "features.parquet"
+    """The file, which must not exist: .parquet, or .npz, for which all features must fit into memory."""
+    text_column: str | None = None
+    """The column of each image's texts; None: "questions" or "caption", where the files have one."""
+    images_only: bool = False
+    """Read no texts: each image once."""
+    batch_size: int = 32
+    """Items per pass, which the features do not depend on but for rounding."""
+    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Autocast type on a GPU; a CPU always computes in fp32. The features are written in fp32."""
+
+    def __post_init__(self) -> None:
+        if not self.output.endswith((".parquet", ".npz")):
+            raise UserError(f"output must end in .parquet or .npz, got {self.output}.")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers must not be negative, got {self.num_workers}.")
+        if self.images_only and self.text_column is not None:
+            raise UserError(f"images_only reads no texts, but text_column is {self.text_column}.")

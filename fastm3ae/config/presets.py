@@ -1,7 +1,7 @@
 """Named configurations. Each docstring gives the command, the hardware that it is meant for, and what to expect."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, overload
 
 from fastm3ae.config import (
     AlignmentConfig,
@@ -21,8 +21,8 @@ from fastm3ae.config import (
     TrainConfig,
     VisionConfig,
 )
+from fastm3ae.config.image_presets import IMAGE_PRESETS
 from fastm3ae.errors import UserError, nearest
-from fastm3ae.image_presets import IMAGE_PRESETS
 
 __all__ = ["FINETUNE_PRESETS", "PRESETS", "preset"]
 
@@ -58,6 +58,31 @@ def m3ae_b32() -> PretrainConfig:
     )
 
 
+# What both demonstrations share: the embedded corpus, and small parts that fit it.
+DEMO_TEXT = TextConfig(
+    kind="bert",
+    width=128,
+    num_layers=1,
+    num_heads=4,
+    mlp_width=512,
+    max_positions=64,
+    num_token_types=2,
+    layer_norm_eps=1e-12,
+    dropout_frac=0.0,
+)
+DEMO_FUSION = FusionConfig(width=128, num_layers=2, num_heads=4, dropout_frac=0.0)
+DEMO_DATA = DataConfig(
+    root="runs/demo-corpus",
+    datasets=("demo",),
+    tokenizer="runs/demo-corpus/tokenizer",
+    max_text_tokens=48,
+    draw_demo=True,
+)
+DEMO_OPTIM = OptimConfig(
+    learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
+)
+
+
 def demo() -> PretrainConfig:
     """A small model on the embedded synthetic corpus: watch M3AE learn, without any download.
 
@@ -69,31 +94,13 @@ def demo() -> PretrainConfig:
         output="runs/demo",
         model=M3AEConfig(
             vision=VisionConfig(image_size_px=96, patch_size_px=16, width=128, num_blocks=3),
-            text=TextConfig(
-                kind="bert",
-                width=128,
-                num_layers=1,
-                num_heads=4,
-                mlp_width=512,
-                max_positions=64,
-                num_token_types=2,
-                layer_norm_eps=1e-12,
-                dropout_frac=0.0,
-            ),
-            fusion=FusionConfig(width=128, num_layers=2, num_heads=4, dropout_frac=0.0),
+            text=DEMO_TEXT,
+            fusion=DEMO_FUSION,
             mim=MIMConfig(layer=1, decoder_width=128, decoder_num_layers=1, decoder_num_heads=4),
             init_std=0.05,
         ),
-        data=DataConfig(
-            root="runs/demo-corpus",
-            datasets=("demo",),
-            tokenizer="runs/demo-corpus/tokenizer",
-            max_text_tokens=48,
-            draw_demo=True,
-        ),
-        optim=OptimConfig(
-            learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
-        ),
+        data=DEMO_DATA,
+        optim=DEMO_OPTIM,
         train=TrainConfig(
             num_steps=800,
             batch_size=32,
@@ -154,34 +161,16 @@ def mpma_demo() -> PretrainConfig:
         output="runs/mpma-demo",
         model=MPMAConfig(
             vision=VisionConfig(kind="vit", image_size_px=96, patch_size_px=8, width=128, num_blocks=3),
-            text=TextConfig(
-                kind="bert",
-                width=128,
-                num_layers=1,
-                num_heads=4,
-                mlp_width=512,
-                max_positions=64,
-                num_token_types=2,
-                layer_norm_eps=1e-12,
-                dropout_frac=0.0,
-            ),
-            fusion=FusionConfig(width=128, num_layers=2, num_heads=4, dropout_frac=0.0),
+            text=DEMO_TEXT,
+            fusion=DEMO_FUSION,
             num_slots=16,
             image=ImageReconstructionConfig(decoder_width=64, decoder_num_layers=1, decoder_num_heads=2),
             alignment=AlignmentConfig(pool="mean", head_width=256, width=64),
             init_std=0.05,
         ),
-        data=DataConfig(
-            root="runs/demo-corpus",
-            datasets=("demo",),
-            tokenizer="runs/demo-corpus/tokenizer",
-            max_text_tokens=48,
-            draw_demo=True,
-        ),
+        data=DEMO_DATA,
         masking=MaskingConfig(token_frac=0.5),
-        optim=OptimConfig(
-            learning_rate=1e-3, head_lr_multiplier=1.0, fusion_lr_multiplier=1.0, schedule="cosine", clip_grad_norm=1.0
-        ),
+        optim=DEMO_OPTIM,
         train=TrainConfig(
             num_steps=500,
             batch_size=64,
@@ -291,7 +280,15 @@ FINETUNE_PRESETS: dict[str, dict[str, Callable[[], FinetuneConfig]]] = {
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
 
-def preset(name: str, presets: Mapping[str, Callable[[], AnyRun]] = PRESETS) -> AnyRun:
+@overload
+def preset(name: str) -> PretrainConfig: ...
+
+
+@overload
+def preset(name: str, presets: Mapping[str, Callable[[], AnyRun]]) -> AnyRun: ...
+
+
+def preset(name: str, presets: Mapping[str, Callable[[], RunConfig]] = PRESETS) -> RunConfig:
     """Returns the configuration of that name.
 
     Raises:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fastm3ae.config.ranges import MOST_CELLS, MOST_HEADS, MOST_LAYERS, MOST_ROWS, MOST_WIDTH, check_range
 from fastm3ae.errors import UserError
 
 __all__ = ["TextConfig", "VisionConfig"]
@@ -33,15 +34,41 @@ class VisionConfig:
     """Stochastic depth of a Swin's last block."""
 
     def __post_init__(self) -> None:
-        size, patch = self.image_size_px, self.patch_size_px
+        where, size, patch = "model.vision", self.image_size_px, self.patch_size_px
         if size <= 0 or patch <= 0 or size % patch:
             raise UserError(
                 f"model.vision.image_size_px must be a multiple of model.vision.patch_size_px, got {size} and {patch}."
             )
         if self.kind != "swin" and (self.width % 64 or self.width <= 0):
             raise UserError(f"model.vision.width must be a multiple of 64 for a ViT, got {self.width}.")
-        if self.kind == "swin" and size % 32:
+        check_range(where, self, 1, MOST_WIDTH, "width")
+        check_range(where, self, 1, MOST_LAYERS, "num_blocks", "swin_num_blocks")
+        check_range(where, self, 1, MOST_HEADS, "swin_num_heads")
+        check_range(where, self, 0, 0.99, "swin_drop_path_frac")
+        if self.num_patches * self.width > MOST_CELLS:
+            raise UserError(
+                f"model.vision.image_size_px is too large: {self.num_patches} patches of width {self.width} are more "
+                f"than {MOST_CELLS} values."
+            )
+        if self.kind == "swin":
+            self._check_swin()
+
+    def _check_swin(self) -> None:
+        size, stages = self.image_size_px, len(self.swin_num_blocks)
+        if size % 32:
             raise UserError(f"model.vision.image_size_px must be a multiple of 32 for Swin, got {size}.")
+        if stages != len(self.swin_num_heads) or not stages or size // self.patch_size_px % 2 ** (stages - 1):
+            raise UserError(
+                "model.vision.swin_num_blocks and swin_num_heads must have an entry for each stage, and each stage but "
+                f"the first halves the {size // self.patch_size_px} patches of a side; got {self.swin_num_blocks} and "
+                f"{self.swin_num_heads}."
+            )
+        for stage, num_heads in enumerate(self.swin_num_heads):
+            if self.width * 2**stage % num_heads:
+                raise UserError(
+                    f"model.vision.swin_num_heads must divide the width of the stage, {self.width * 2**stage}, got "
+                    f"{num_heads}."
+                )
 
     @property
     def num_patches(self) -> int:
@@ -77,3 +104,16 @@ class TextConfig:
     """Epsilon of the layer norms: 1e-5 for RoBERTa, 1e-12 for BERT."""
     dropout_frac: float = 0.1
     """Dropout on hidden states and attention, the towers' own (not the fusion's)."""
+
+    def __post_init__(self) -> None:
+        where = "model.text"
+        check_range(where, self, 1, MOST_ROWS, "vocab_size", "max_positions", "num_token_types")
+        check_range(where, self, 0, (self.vocab_size or MOST_ROWS) - 1, "pad_token_id")
+        check_range(where, self, 1, MOST_WIDTH, "width", "mlp_width")
+        check_range(where, self, 1, MOST_LAYERS, "num_layers")
+        check_range(where, self, 0, 1, "layer_norm_eps", "dropout_frac")
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest text that the position table takes."""
+        return self.max_positions - (2 if self.kind == "roberta" else 0)

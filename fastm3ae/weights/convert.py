@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastm3ae.config import M3AEConfig
-from fastm3ae.configfile import from_dict
+from fastm3ae.config.files import from_dict
 from fastm3ae.errors import UserError
 from fastm3ae.model.heads import sincos_positions
 from fastm3ae.official.translate import heads_and_fusion
+from fastm3ae.weights.torchfile import check_state, load_torch
 
 __all__ = [
     "OfficialCheckpoint",
@@ -255,41 +256,20 @@ def _count(pattern: str, state: Mapping[str, Tensor]) -> int:
     return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
 
 
-class _Inert:
-    """Stands for an object in a checkpoint that is of no use here; whatever was pickled about it is dropped."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def read_official(path: Path) -> OfficialCheckpoint:
     """Reads an official checkpoint (a pickle with "state_dict") without running any code from the file.
 
     Raises:
-        UserError: The file is missing, is no checkpoint, or holds objects of other packages than the original's.
+        UserError: The file is missing, is no checkpoint, claims more than its size, or holds objects of other packages
+            than the original's.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint file.")
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = sorted(name for name in foreign if not name.startswith(_INERT_PACKAGES))
-        if refused:
-            raise UserError(f"{path} is refused: it holds objects that a checkpoint has no use for: {refused[0]}.")
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many types for a broken file; its first line says what was wrong
-        raise UserError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    content = load_torch(path, _INERT_PACKAGES)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f'{path} is not an official M3AE checkpoint: expected a dictionary with a "state_dict".')
+    state = content["state_dict"]
+    check_state(state, path)
     config = content.get("hyper_parameters")
     config = config.get("config", config) if isinstance(config, dict) else None
     return OfficialCheckpoint(dict(state), config if isinstance(config, dict) and "loss_names" in config else None)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastm3ae.config.ranges import MOST_CELLS, MOST_HEADS, MOST_LAYERS, MOST_ROWS, MOST_WIDTH, check_range
+from fastm3ae.config.towers import TextConfig, VisionConfig
 from fastm3ae.errors import UserError
-from fastm3ae.tower_config import TextConfig, VisionConfig
 
 __all__ = [
     "MPMA_PRETRAINING_OBJECTIVES",
@@ -20,6 +21,7 @@ __all__ = [
     "ModelConfig",
 ]
 
+MOST_STAGES = 8  # of a decoder, which doubles the grid in each
 Objective = Literal["mlm", "mim", "itm", "vqa", "classification", "retrieval"]
 MPMAObjective = Literal[
     "image_reconstruction", "report_reconstruction", "global_alignment", "local_alignment", "vqa", "classification"
@@ -45,6 +47,11 @@ class FusionConfig:
     """Hidden width of the FFN over its width."""
     dropout_frac: float = 0.1
     """Dropout on attention and hidden states."""
+
+    def __post_init__(self) -> None:
+        check_range("model.fusion", self, 1, MOST_WIDTH, "width", "mlp_ratio")
+        check_range("model.fusion", self, 1, MOST_LAYERS, "num_layers")
+        check_range("model.fusion", self, 0, 1, "dropout_frac")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,8 @@ class M3AEConfig:
             raise UserError(f"model.mim.patch_frac must lie between 0 and 1, got {self.mim.patch_frac}.")
         _check_heads("model.fusion", fusion.width, fusion.num_heads)
         _check_heads("model.text", self.text.width, self.text.num_heads)
-        _check_heads("model.mim.decoder", self.mim.decoder_width, self.mim.decoder_num_heads)
+        _check_decoder("model.mim", self.mim, vision.num_patches)
+        check_range("model", self, 0, 1, "init_std")
         _check_objectives(self)
 
     @property
@@ -235,9 +243,10 @@ class MPMAConfig:
             )
         _check_heads("model.fusion", self.fusion.width, self.fusion.num_heads)
         _check_heads("model.text", self.text.width, self.text.num_heads)
-        _check_heads("model.image.decoder", self.image.decoder_width, self.image.decoder_num_heads)
-        if self.fusion.num_layers < 1:
-            raise UserError(f"model.fusion.num_layers must be at least 1, got {self.fusion.num_layers}.")
+        _check_decoder("model.image", self.image, self.vision.num_patches)
+        check_range("model", self, 0, 1, "init_std")
+        check_range("model", self, 0, MOST_ROWS, "num_slots", "num_topk_slots")
+        check_range("model.alignment", self.alignment, 1, MOST_WIDTH, "head_width", "width")
         if self.memory == "slots" and self.num_slots < 1:
             raise UserError(f'model.num_slots must be at least 1, got {self.num_slots}; model.memory "none" has none.')
         if self.memory == "topk" and not 1 <= self.num_topk_kept <= self.num_topk_slots:
@@ -308,10 +317,13 @@ class ImageConfig:
             )
         if "segmentation" in self.objectives and self.vision.kind == "swin":
             raise UserError('Segmentation needs a ViT: use model.vision.kind "vit" or "clip", not "swin".')
-        if self.num_classes < 1:
-            raise UserError(f"model.num_classes must be at least 1, got {self.num_classes}.")
-        if not self.decoder_widths or min(self.decoder_widths) < 1:
-            raise UserError(f"model.decoder_widths must be at least one positive number, got {self.decoder_widths}.")
+        check_range("model", self, 1, MOST_ROWS, "num_classes")
+        check_range("model", self, 0, 1, "init_std")
+        check_range("model", self, 1, MOST_WIDTH, "decoder_widths")
+        if not 1 <= len(self.decoder_widths) <= MOST_STAGES:
+            raise UserError(
+                f"model.decoder_widths must be one to {MOST_STAGES} numbers, got {len(self.decoder_widths)} of them."
+            )
 
     @property
     def image_size_px(self) -> int:
@@ -328,12 +340,26 @@ ModelConfig = M3AEConfig | MPMAConfig | ImageConfig
 
 
 def _check_heads(name: str, width: int, num_heads: int) -> None:
-    if num_heads <= 0 or width % num_heads:
+    if not 0 < num_heads <= MOST_HEADS or width % num_heads:
         raise UserError(f"{name}: the width must be a multiple of the number of heads, got {width} and {num_heads}.")
+
+
+def _check_decoder(name: str, config: MIMConfig | ImageReconstructionConfig, num_patches: int) -> None:
+    width = config.decoder_width
+    check_range(name, config, 1, MOST_WIDTH, "decoder_width")
+    check_range(name, config, 1, MOST_LAYERS, "decoder_num_layers")
+    _check_heads(f"{name}.decoder", width, config.decoder_num_heads)
+    if width % 4:
+        raise UserError(f"{name}.decoder_width must be a multiple of 4 (sine and cosine of two axes), got {width}.")
+    if num_patches * width > MOST_CELLS:
+        raise UserError(
+            f"{name}.decoder_width must be at most {MOST_CELLS // num_patches} for {num_patches} patches, got {width}."
+        )
 
 
 def _check_objectives(model: ModelConfig) -> None:
     names = model.objectives
+    check_range("model", model, 0, MOST_ROWS, "num_answers", "num_classes")
     if not names or len(set(names)) != len(names):
         raise UserError(f"model.objectives must name at least one objective, each once, got {names}.")
     for objective, size in (("vqa", "num_answers"), ("classification", "num_classes")):
