@@ -21,6 +21,14 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA GPU")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What runs remember is neither read from the user's folder nor left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def heed_signals():
     """Even where the tests run in the background of a shell script, which has them ignored."""

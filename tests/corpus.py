@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastm3ae.config import MaskingConfig
 from fastm3ae.data.arrow import write_pairs
-from fastm3ae.data.collate import PretrainBatches
+from fastm3ae.data.collate_pairs import PretrainBatches
 from fastm3ae.data.datasets import PairDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.text import load_tokenizer

@@ -18,15 +18,11 @@ from torch import Tensor
 from fastm3ae.config import MaskingConfig
 from fastm3ae.data.answers import normalize_answer
 from fastm3ae.data.arrow import ArrowTable
-from fastm3ae.data.collate import (
-    BatchRequest,
-    ClassificationBatches,
-    PretrainBatches,
-    RetrievalBatches,
-    VqaBatches,
-)
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import ClassificationBatches, PretrainBatches, RetrievalBatches, VqaBatches
 from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
-from fastm3ae.data.images import decode_image, make_transform, normalization, normalize
+from fastm3ae.data.decode import decode_image
+from fastm3ae.data.images import make_transform, normalization, normalize
 from fastm3ae.data.text import encode, load_tokenizer
 from fastm3ae.masking import corrupt, select_words_official
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastm3ae import objectives
-from fastm3ae.convert import config_from_official, from_official, to_official, unused_by_original
 from fastm3ae.data.batch import ClassificationBatch, ImageTextBatch, PretrainBatch, RetrievalBatch, VqaBatch
 from fastm3ae.kernels import masked_pixel_loss
 from fastm3ae.masking import split_patches
@@ -21,6 +20,7 @@ from fastm3ae.model.m3ae import M3AE
 from fastm3ae.model.vision import resize_positions
 from fastm3ae.tasks.metrics import classification_metrics, vqa_metrics
 from fastm3ae.visualize import patchify
+from fastm3ae.weights.convert import config_from_official, from_official, to_official, unused_by_original
 
 OFFICIAL_OBJECTIVES = {"classification": "cls", "retrieval": "irtr"}
 FLOAT32 = {"atol": 2e-5, "rtol": 1e-4}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastm3ae import objectives
 from fastm3ae.config import OptimConfig
-from fastm3ae.convert import official_names, to_official, unused_by_original
 from fastm3ae.model.heads import sincos_positions
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.model.vision import resize_bias_tables, resize_positions
 from fastm3ae.training.optim import OfficialAdamW, build_optimizer, build_schedule, parameter_groups
+from fastm3ae.weights.convert import official_names, to_official, unused_by_original
 
 LEARNING_RATE = {"atol": 0.0, "rtol": 1e-12}
 # Where the true gradient is zero, Adam turns rounding noise into whole steps: these are not compared.

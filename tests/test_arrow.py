@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import random
+import struct
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -131,6 +133,7 @@ def test_files_and_batches_read_like_one_table(tmp_path, seed):
     assert [table.locate(i) for i in range(len(table))] == where
     again = pickle.loads(pickle.dumps(table))
     assert read_rows(again) == rows
+    assert table.text_bytes("caption").tolist() == [len(text.encode()) for row in rows for text in row["caption"]]
 
 
 def test_writer_starts_a_record_batch_before_it_grows_too_large(tmp_path, monkeypatch):
@@ -169,7 +172,12 @@ def test_empty_split_has_the_schema_and_no_rows(tmp_path):
 def test_empty_split_of_the_original_opens(tmp_path):
     """pandas gives the columns of an empty frame the type null."""
     write_table(tmp_path / "a.arrow", pa.table({name: pa.nulls(0) for name in CAPTION_COLUMNS}))
-    assert len(ArrowTable.open([tmp_path / "a.arrow"], CAPTION_COLUMNS)) == 0
+    table = ArrowTable.open([tmp_path / "a.arrow"], CAPTION_COLUMNS)
+    assert len(table) == 0 and table.text_bytes("caption").tolist() == []
+    write_table(tmp_path / "b.arrow", pa.table({"caption": [[], []]}))  # of type list<null>
+    write_table(tmp_path / "c.arrow", pa.table({"caption": [["é", "abc"], [], ["x"]]}))
+    table = ArrowTable([tmp_path / name for name in ("a.arrow", "b.arrow", "c.arrow")])
+    assert table.text_bytes("caption").tolist() == [2, 3, 1]
 
 
 def test_images_are_not_copied(tmp_path):
@@ -300,3 +308,86 @@ def test_a_damaged_column_name_is_a_sentence(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xffon"))
     with pytest.raises(UserError, match="one.arrow"):
         ArrowTable.open([path], {"caption": "list<string>"})
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path, compression):
+    """A gigabyte of zeros takes some kilobytes of the file."""
+    size = 2**30
+    offsets = pa.py_buffer(np.array([0, size], np.int32).tobytes())
+    caption = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(np.zeros(size, np.uint8)))
+    table = pa.table({"image": [b"x"], "caption": pa.ListArray.from_arrays([0, 1], caption), "image_id": ["i"]})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(UserError, match=r"a\.arrow is compressed, so that its rows cannot stay in the file"):
+        ArrowTable.open([tmp_path / "a.arrow"], READ)
+    assert pa.total_allocated_bytes() - before < 2**20
+    dictionary = pa.table({"x": pa.array(["a"] * 100).dictionary_encode()})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), dictionary.schema, options=options) as writer:
+        writer.write_table(dictionary)
+    with pytest.raises(UserError, match="is compressed"):
+        ArrowTable([tmp_path / "a.arrow"])
+
+
+def test_a_file_cannot_claim_more_than_its_bytes(tmp_path):
+    """Nulls take no place, so that a small file may hold any number of them."""
+    path = tmp_path / "a.arrow"
+    write_table(path, pa.table({"image": pa.nulls(10**9)}))
+    with pytest.raises(UserError, match=r"a\.arrow is damaged: it claims 1000000000 rows in \d+ bytes"):
+        ArrowTable([path])
+    many = pa.ListArray.from_arrays([0, 10**9], pa.nulls(10**9))
+    write_table(path, pa.table({"image": [b"x"], "caption": many, "image_id": ["i"]}))
+    with pytest.raises(UserError, match="damaged in column 'caption': 1000000000 values in"):
+        ArrowTable.open([path], READ)
+
+
+def test_batches_that_share_their_bytes_are_refused(tmp_path):
+    """The footer says where each batch is: it may name one place many times."""
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_file(str(path), pa.schema([("image", pa.binary())])) as writer:
+        for _ in range(20):
+            writer.write_batch(pa.record_batch({"image": [b"x" * 10**5]}))
+    data = path.read_bytes()
+    end = len(data) - 10
+    start = end - int.from_bytes(data[end : end + 4], "little")
+    footer = data[start:end]
+    # A place is that of a message, which begins with ff ff ff ff, the length of its head, and that of its body.
+    found = (footer[i : i + 24] for i in range(0, len(footer) - 23, 4))
+    places = [place for place in found if data[struct.unpack("<q", place[:8])[0] :][:4] == b"\xff" * 4
+              and 10**5 < struct.unpack("<q", place[16:])[0] < 2 * 10**5]  # fmt: skip
+    assert len(places) == 20
+    for place in places:
+        footer = footer.replace(place, places[0])
+    path.write_bytes(data[: struct.unpack("<q", places[1][:8])[0]] + footer + data[end:])
+    assert pa.ipc.open_file(str(path)).read_all().num_rows == 20
+    with pytest.raises(UserError, match=r"it claims 2000\d+ bytes of values in \d{6} bytes"):
+        ArrowTable([path])
+
+
+def test_an_empty_batch_with_wild_bounds_does_not_abort(tmp_path):
+    """Arrow does not validate the bounds of no list at all, and ends the process where it is asked for its values."""
+    bounds = pa.py_buffer(struct.pack("<i", 10**9))
+    captions = pa.ListArray.from_buffers(pa.list_(pa.string()), 0, [None, bounds], children=[pa.array([], pa.string())])
+    columns = {"image": pa.array([], pa.binary()), "caption": captions, "image_id": pa.array([], pa.string())}
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([(n, c.type) for n, c in columns.items()])) as writer:
+        writer.write_batch(pa.record_batch(columns))
+    data = (tmp_path / "a.arrow").read_bytes()
+    assert bounds.to_pybytes() in data
+    assert len(ArrowTable.open([tmp_path / "a.arrow"], READ)) == 0
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "[]", "null", "5", "[" * 100_000, "9" * 5000, '{"classes": []}', '{"classes": {"labels": "ab"}}',
+        '{"classes": {"labels": [1]}}', '{"classes": {"labels": ["\\ud800"]}}', '{"options": [1]}',
+        '{"options": {"a": {"b": 1}}}',
+    ],
+)  # fmt: skip
+def test_facts_of_another_form_are_refused(tmp_path, facts):
+    table = pa.table({"image": [b""]}).replace_schema_metadata({"fastm3ae": facts})
+    write_table(tmp_path / "a.arrow", table)
+    with pytest.raises(UserError, match=r"a\.arrow is damaged in its metadata 'fastm3ae': ."):
+        ArrowTable([tmp_path / "a.arrow"]).facts()

@@ -14,9 +14,9 @@ from corpus import TOKENIZERS, write_corpus
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastm3ae.data import collate, images
+from fastm3ae.data import collate_pairs, images
 from fastm3ae.data.arrow import ArrowTable
-from fastm3ae.data.images import decode_image
+from fastm3ae.data.decode import decode_image
 from fastm3ae.data.text import load_tokenizer
 
 GOLDEN = TOKENIZERS.parent
@@ -100,8 +100,8 @@ def test_a_wrong_pixel_is_not_timed(pipelines, monkeypatch):
 
 
 def test_a_wrong_token_is_not_timed(pipelines, monkeypatch):
-    right = collate.encode
-    monkeypatch.setattr(collate, "encode", lambda tokenizer, text, *rest: right(tokenizer, f"{text} ct", *rest))
+    right = collate_pairs.encode
+    monkeypatch.setattr(collate_pairs, "encode", lambda tokenizer, text, *rest: right(tokenizer, f"{text} ct", *rest))
     with pytest.raises(AssertionError, match="ids differ"):
         pipelines.check()
 

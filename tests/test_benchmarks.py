@@ -14,9 +14,14 @@ TINY = """
 import time
 from op_benchmark import OpBenchmark, Target, Workload, main, pytest_cases
 
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
 def make(batch_size):
     seconds = {{"eager": {eager}, "ours": {ours}}}
-    runs = {{name: (lambda s: lambda: time.sleep(s * batch_size))(s) for name, s in seconds.items()}}
+    runs = {{name: (lambda s: lambda: {spend}(s * batch_size))(s) for name, s in seconds.items()}}
     return {{"sleep": Workload(runs, num_bytes=1 << 20)}}
 
 SPEC = OpBenchmark(op="sleep", shape="none", workloads=("sleep",), variants=("eager", "ours"), make=make,
@@ -44,7 +49,7 @@ def write_history(path, **ratios):
 
 @pytest.mark.parametrize(("target", "status"), [(2.0, 0), (50.0, 1)])
 def test_check_holds_the_target(tmp_path, target, status):
-    (tmp_path / "bench_sleep.py").write_text(TINY.format(eager=EAGER_S, ours=OURS_S, target=target))
+    (tmp_path / "bench_sleep.py").write_text(TINY.format(spend="time.sleep", eager=EAGER_S, ours=OURS_S, target=target))
     start = time.perf_counter()
     result = run("bench_sleep.py", "--check", "--batch-sizes", 2, "--json", "bench_sleep.json", cwd=tmp_path)
     assert result.returncode == status, result.stderr
@@ -66,7 +71,7 @@ def test_check_holds_the_target(tmp_path, target, status):
 
 
 def test_history_holds_the_ratio(tmp_path):
-    (tmp_path / "bench_sleep.py").write_text(TINY.format(eager=EAGER_S, ours=OURS_S, target=1.0))
+    (tmp_path / "bench_sleep.py").write_text(TINY.format(spend="burn", eager=EAGER_S, ours=OURS_S, target=1.0))
     options = ("-p", "no:cacheprovider", "--benchmark-json=new.json", "-o", "python_files=bench_*.py")
     result = run("-m", "pytest", "-q", *options, "bench_sleep.py", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
@@ -74,6 +79,8 @@ def test_history_holds_the_ratio(tmp_path):
     result = run(BENCHMARKS / "compare.py", old, "new.json", "--check", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 of 1 cases became slower or are missing" in result.stdout
+    cases = {case["name"]: case["extra_info"] for case in json.loads((tmp_path / "new.json").read_text())["benchmarks"]}
+    assert cases["test_sleep[ours-sleep]"]["ratio_to_eager"] == pytest.approx(EAGER_S / OURS_S, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import yaml
 
-from fastm3ae.config import PretrainConfig, TrainConfig
-from fastm3ae.configfile import differences, from_dict, to_dict
+from fastm3ae.config import PretrainConfig, RunConfig, TrainConfig
+from fastm3ae.config.files import differences, from_dict, read_yaml, to_dict
+from fastm3ae.config.presets import PRESETS, preset
 from fastm3ae.errors import UserError
-from fastm3ae.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -93,3 +93,70 @@ def test_training_must_end():
     assert TrainConfig(num_steps=None, num_epochs=2).num_steps is None
     with pytest.raises(UserError, match="train.num_steps or train.num_epochs must say when training ends"):
         TrainConfig(num_steps=None)
+
+
+NESTED = [1]
+for _ in range(100):
+    NESTED = [NESTED] * 10  # stands for 10^100 values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"kind": ["mpma"]}}, r"model.kind must be one of 'm3ae', 'mpma', 'image', got \['mpma'\]\."),
+        ({"seed": 16**6000}, "seed must be a number of at most 64 bits, got a number of 24001 bits"),
+        ({"seed": 2**63 - 1, "optim": {"eps": 16**6000}}, "optim.eps must be a number of at most 64 bits"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate must be a finite number, got nan"),
+        ({"optim": {"weight_decay": "inf"}}, "optim.weight_decay must be a finite number, got inf"),
+        ({"output": "a\0b"}, "output must be a text without NUL and half characters, got 'a.x00b'"),
+        ({"output": "\ud800"}, "output must be a text without NUL and half characters"),
+        ({"data": NESTED}, r"data must be a section of keys, got \[\[\[\[...\]"),
+        ({"x" * 10**6: 1}, "Unknown configuration key x{900,}..."),
+        ({"train": {"cuda_graphs": 1}}, "train.cuda_graphs must be of type bool, got 1"),
+        ({"model": {"kind": "mpma", "image": {"target_scale": True}}}, "target_scale must be one of 1, 2, got True"),
+    ],
+)
+def test_values_that_no_configuration_has(values, message):
+    with pytest.raises(UserError, match=message) as refused:
+        from_dict(PretrainConfig(), values)
+    assert len(str(refused.value)) < 1500
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+MERGED = "a: &a {b: 1}\nc:\n  <<: *a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, r"has aliases \(\*name\), which are not read: write out what they stand for"),
+        (MERGED, "has aliases"),
+        ("[" * 50_000, "is no configuration: more than 32 sections within each other"),
+        ("- " * 50_000, "is no configuration: more than 32 sections"),
+        ("x" * 300_000, "is too long for a configuration: more than 262144 bytes"),
+        ("a: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("a: 2001-99-99", "is not YAML: month must be in 1..12"),
+        ("!!python/object/apply:os.mkdir [owned]", "is not YAML: could not determine a constructor"),
+        ("\udcff", "is not YAML: 'utf-8' codec can't decode"),
+        ("a: [", "is not YAML: while parsing"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_not_read(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"a\.yaml {message}"):
+        read_yaml(tmp_path / "a.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+def test_sizes_are_checked_before_a_model_is_built():
+    for model, message in (
+        ({"fusion": {"num_layers": 0}}, "model.fusion.num_layers must be at least 1, got 0"),
+        ({"text": {"num_layers": 257}}, "model.text.num_layers must be at most 256"),
+        ({"vision": {"width": 64 * 10**6}}, "model.vision.width must be at most 65536"),
+        ({"vision": {"kind": "swin", "image_size_px": 96, "patch_size_px": 4, "swin_num_heads": [1]}}, "an entry"),
+        ({"mim": {"decoder_width": 6}}, "model.mim.decoder_width must be a multiple of 4"),
+        ({"kind": "image", "decoder_widths": [1] * 9}, "model.decoder_widths must be one to 8 numbers, got 9 of them"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            from_dict(RunConfig(), {"model": {"objectives": ["mlm"], **model} if "kind" not in model else model})

@@ -18,6 +18,7 @@ OPTIONS = {"checkpoint_activations": False, "compiled": False}
 DIVISIONS = {
     "equal": [[[0, 1, 2]], [[3, 4, 5]]],
     "passes": [[[0], [1, 2]], [[3, 4, 5]]],
+    "dealt": [[[1, 4], [5]], [[0, 3], [2]]],
     "idle": [[[0, 1, 2, 3, 4, 5]], []],
     "idle beside passes": [[[0, 1, 2, 3], [4, 5]], []],
 }
@@ -29,12 +30,15 @@ from contextlib import nullcontext
 from mpma_models import part_of, small_batch, small_model
 from fastm3ae.config import OptimConfig
 from fastm3ae.training.distributed import Processes
+from fastm3ae.training.parallel import share
 from fastm3ae.training.step import OptimizerStep
 
 processes, found = Processes("cpu"), {}
 for name, shares in json.loads(sys.argv[1]).items():
     model = small_model(alignment={"learn_temperature": True})
-    step = OptimizerStep(model, OptimConfig(learning_rate=1e-3), 10, processes, nullcontext, False, {"compiled": False})
+    parallel = share(model, processes, "ddp", num_passes=2)
+    config = OptimConfig(learning_rate=1e-3)
+    step = OptimizerStep(parallel, config, 10, processes, nullcontext, False, {"compiled": False})
     batch = small_batch(model.config)
     mine = [part_of(batch, rows) for rows in shares[processes.rank]]
     totals = processes.sum(step.count(mine))
@@ -81,9 +85,7 @@ def test_each_pass_makes_the_features_that_the_others_were_given(dropout_frac):
     batch = small_batch(model.config)
     pieces = [part_of(batch, [0, 1, 2]), part_of(batch, [3]), part_of(batch, [4, 5])]
     first = 0
-    for piece, of_pass in zip(
-        pieces, passes(model, pieces, False, Processes("cpu"), nullcontext, OPTIONS), strict=True
-    ):
+    for piece, of_pass in zip(pieces, passes(model, pieces, 3, Processes("cpu"), nullcontext, OPTIONS), strict=True):
         with of_pass.dropout():
             own = model(piece)["global_alignment"].stacked()
         everything, start = of_pass.gather(own)
@@ -98,4 +100,4 @@ def test_several_passes_of_a_compiled_model_are_refused():
     model = small_model(dropout_frac=0.1)
     pieces = [part_of(small_batch(model.config), rows) for rows in ([0, 1, 2], [3, 4, 5])]
     with pytest.raises(UserError, match="let train.micro_batch hold the whole batch of a process"):
-        passes(model, pieces, False, Processes("cpu"), nullcontext, OPTIONS | {"compiled": True})
+        passes(model, pieces, 2, Processes("cpu"), nullcontext, OPTIONS | {"compiled": True})

@@ -9,10 +9,10 @@ import pytest
 import torch
 from models import small_batch, small_model
 
-from fastm3ae.convert import config_from_official, from_official, read_official, to_official
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.pretrained import convert_checkpoint, init_model, load_model, read_weights, save_model
+from fastm3ae.weights.convert import config_from_official, from_official, read_official, to_official
+from fastm3ae.weights.pretrained import convert_checkpoint, init_model, load_model, read_weights, save_model
 
 CASES = [
     ("clip", "roberta", ("mlm", "mim", "itm")),

@@ -7,7 +7,8 @@ import torch
 from corpus import SIZE, TOKENIZER, caption_rows, png, write_corpus
 
 from fastm3ae.data.arrow import CAPTION_COLUMNS, VQA_COLUMNS, write_pairs
-from fastm3ae.data.collate import BatchRequest, ClassificationBatches, RetrievalBatches, VqaBatches
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import ClassificationBatches, RetrievalBatches, VqaBatches
 from fastm3ae.data.datasets import ClassificationDataset, PairDataset, VqaDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.text import encode
@@ -130,3 +131,23 @@ def test_retrieval_draws_texts_of_the_same_data_set(corpus):
             assert (ids_T[is_padding_T] == TOKENIZER.pad_token_id).all()
     assert batch.false_text_ids_BRT.shape[-1] == batch.text_ids_BT.shape[-1]
     assert batches[BatchRequest(1, 0, [0, 30])].false_texts != batch.false_texts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"answer_labels": [[[2**40]]]},
+            "has the label 1099511627776 in column 'answer_labels', expected one from 0 to",
+        ),
+        ({"answer_scores": [[[float("nan")]]]}, r"has the answer_scores \[nan\], expected finite numbers"),
+    ],
+)
+def test_questions_that_no_model_is_made_for(tmp_path, changes, message):
+    """The largest label decides how large a model is, where the file does not name its labels."""
+    row = {"image": [b"x"], "questions": [["why"]], "answers": [[["a"]]], "answer_labels": [[[0]]], "image_id": ["i"],
+           "answer_scores": [[[1.0]]], "question_id": [[1]], "answer_type": [[0]], "split": ["train"]}  # fmt: skip
+    rows = [{name: values[0] for name, values in (row | changes).items()}]
+    write_pairs(tmp_path / "a.arrow", rows, VQA_COLUMNS)
+    with pytest.raises(UserError, match=message):
+        VqaDataset([tmp_path / "a.arrow"])

@@ -1,5 +1,8 @@
 """What inspect says of an arrow file, and the hashes by which files are compared."""
 
+import struct
+
+import pyarrow as pa
 import pytest
 from prepared import image_bytes
 
@@ -96,3 +99,23 @@ def test_description_says_how_the_file_was_prepared(tmp_path):
 
 
 # Real releases, where a folder with them is at hand
+
+
+def test_columns_that_cannot_be_shown_are_refused(tmp_path):
+    """A damaged column that nobody reads in training must not be read past its end either."""
+    path = tmp_path / "a.arrow"
+    good = {"image": [b"x"], "image_id": ["i"]}
+    for name, values, message in (
+        ("when", pa.array([1], pa.timestamp("s")), r"column 'when' has type timestamp\[s\], expected bytes, texts"),
+        ("split", pa.array(["x" * 77777]), "damaged in column 'split'"),
+        ("n", pa.ListArray.from_arrays([0, 10**9], pa.nulls(10**9)), "damaged in column 'n': 1000000000 values"),
+    ):
+        table = pa.table(good | {name: values})
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+        if name == "split":
+            data = path.read_bytes()
+            at = data.rindex(struct.pack("<ii", 0, 77777))  # the bounds of the text, behind the batch's description
+            path.write_bytes(data[:at] + struct.pack("<ii", 0, 2**30) + data[at + 8 :])
+        with pytest.raises(UserError, match=message):
+            describe_arrow(path)

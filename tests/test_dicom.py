@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.uid import JPEGBaseline8Bit, JPEGLosslessSV1
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+)
 from radiographs import dicom_bytes
 
 from fastm3ae.data.dicom import decode_dicom
@@ -92,3 +97,28 @@ def test_real_files():
     for name, size in (("eCT_Supplemental", "2 x 512 x 512"), ("examples_rgb_color", "240 x 320 x 3")):
         with pytest.raises(ValueError, match=f"not one grey image: it holds {size} values"):
             decode_dicom((folder / f"{name}.dcm").read_bytes())
+
+
+def jp2(pixels, no_jp2):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG2000", no_jp2=no_jp2)
+    return dicom_bytes(pixels, syntax=JPEG2000Lossless, encoded=stream.getvalue())
+
+
+def test_what_may_grow_or_never_end_is_refused(monkeypatch):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    with pytest.raises(ValueError, match="deflated files are not read$"):
+        decode_dicom(dicom_bytes(pixels, syntax=DeflatedExplicitVRLittleEndian))
+    assert levels(jp2(pixels, no_jp2=True)) == levels(dicom_bytes(pixels))
+    with pytest.raises(ValueError, match="stands in a JP2 file, which DICOM does not allow$"):
+        decode_dicom(jp2(pixels, no_jp2=False))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    with pytest.raises(ValueError, match="8 x 8 pixels are more than the limit of 63"):
+        decode_dicom(dicom_bytes(pixels))
+
+
+def test_more_frames_than_the_header_says():
+    with pytest.raises(ValueError, match="not one grey image: it holds 2 x 1 x 9 values"):
+        data = dicom_bytes(np.ones((2, 9), np.uint8))
+        rows = b"\x28\0\x10\0US\x02\0"
+        decode_dicom(data.replace(rows + b"\x02", rows + b"\x01"))

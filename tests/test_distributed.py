@@ -59,16 +59,18 @@ def assert_same_losses(got, want):
         assert left[3:] == pytest.approx(right[3:], rel=1e-6), left[:2]
 
 
-def test_two_processes_equal_one(folder):
-    result = torchrun(command(folder, output="two", **changes()))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(folder, parallel):
+    output = f"two_{parallel}"
+    result = torchrun(command(folder, output=output, **changes(parallel=parallel, num_pictures=2)))
     assert result.returncode == 0, result.stderr[-2000:]
-    assert_same_losses(losses(folder / "two"), losses(folder / "one"))
+    assert_same_losses(losses(folder / output), losses(folder / "one"))
     one, two = (
-        load_file(folder / output / "checkpoints" / "step_000020" / "model.safetensors") for output in ("one", "two")
+        load_file(folder / name / "checkpoints" / "step_000020" / "model.safetensors") for name in ("one", output)
     )
     for name, tensor in one.items():  # also of those that no objective reads, which must not decay
         assert torch.allclose(two[name], tensor, rtol=1e-4, atol=2e-5), name
-    one, two = (json.loads((folder / output / "summary.json").read_text()) for output in ("one", "two"))
+    one, two = (json.loads((folder / name / "summary.json").read_text()) for name in ("one", output))
     assert one["skipped_samples"] == two["skipped_samples"] and one["skipped_samples"]["train"] > 0
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     for name in ("mlm_accuracy", "mlm_accuracy_shuffled_image", "itm_accuracy", "score"):
@@ -191,12 +193,12 @@ def test_pieces_cover_every_batch_once(num_pairs, micro_batch, num_ranks):
     places = [Place(micro_batch=micro_batch, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
     for is_training in (True, False):
         pieces = [place.pieces(num_pairs, is_training) for place in places]
-        pairs = [pair for of_rank in pieces for piece in of_rank for pair in range(num_pairs)[piece]]
-        assert sorted(pairs) == list(range(num_pairs))
-        sizes = [len(range(num_pairs)[piece]) for of_rank in pieces for piece in of_rank]
+        pairs = [pair for of_rank in pieces for piece in of_rank for pair in piece]
+        assert pairs == list(range(num_pairs)) if is_training else sorted(pairs) == list(range(num_pairs))
+        sizes = [len(piece) for of_rank in pieces for piece in of_rank]
         assert max(sizes) <= (micro_batch or num_pairs)
         if is_training and num_pairs >= num_ranks:
-            shares = [sum(len(range(num_pairs)[piece]) for piece in of_rank) for of_rank in pieces]
+            shares = [sum(map(len, of_rank)) for of_rank in pieces]
             assert min(sizes) >= 1 and max(shares) - min(shares) <= 1
 
 

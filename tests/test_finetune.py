@@ -16,9 +16,9 @@ from fastm3ae.cli import main
 from fastm3ae.config import DataConfig, FinetuneConfig, TaskConfig
 from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.model.build import build_model
-from fastm3ae.pretrained import load_model, read_about, save_weights
+from fastm3ae.tasks.labels import LabelledTask
 from fastm3ae.tasks.registry import make_task
-from fastm3ae.tasks.task import Task
+from fastm3ae.weights.pretrained import load_model, read_about, save_weights
 
 TRAIN = {"num_steps": 30, "num_epochs": None, "batch_size": 8, "num_workers": 0, "log_every_steps": 10,
          "validate_every_steps": 10, "validate_every_epochs": None, "save_every_steps": 10, "tensorboard": False,
@@ -117,7 +117,7 @@ def test_another_tokenizer_is_said(folder, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(folder, capsys, monkeypatch):
-    monkeypatch.setattr(Task, "evaluate", None)  # is not reached
+    monkeypatch.setattr(LabelledTask, "evaluate", None)  # is not reached
     arguments = ["--device", "cpu", "--output", str(folder / "config.yaml" / "results")]
     status = main(["evaluate", str(folder / "vqa" / "checkpoints" / "best"), *arguments])
     assert "config.yaml/results cannot be written: Not a directory" in refused(capsys, status)
@@ -266,6 +266,11 @@ def test_mistakes(arguments, message, capsys):
         assert "classification" in capsys.readouterr().out
     else:
         assert message in refused(capsys, main(arguments))
+
+
+def test_the_configuration_of_another_task(folder, capsys):
+    status = main(["finetune", "classification", "--config", str(folder / "vqa" / "config.yaml")])
+    assert "the configuration is of the task vqa; fastm3ae finetune vqa takes it" in refused(capsys, status)
 
 
 def test_options_of_other_tasks(folder, capsys):

@@ -79,7 +79,7 @@ def test_a_stop_before_a_validation(folder, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--seeds", "1", "1"], "--seeds must name different seeds, got 1 1"),
-        (["--seeds", "1", "-2"], "seed must not be negative, got -2"),
+        (["--seeds", "1", "-2"], "seed must be at least 0 and less than 2**63, got -2"),
         (["--seeds", "1", "--task.no-test"], "--seeds compares tests"),
         (["--seeds", "1", "--resume", "x"], "--resume cannot be x"),
         (["--seeds", "1", "--data.datasets", "vqa_untested"], "There is no vqa_untested_test.arrow"),

@@ -9,11 +9,12 @@ from models import small_gpu_model, small_model
 from test_packed_step import make_batch, to_float32
 
 from fastm3ae.config import OptimConfig, TrainConfig
+from fastm3ae.config.presets import preset
 from fastm3ae.errors import UserError
-from fastm3ae.presets import preset
 from fastm3ae.training import graphs
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.graphs import PassGraphs, record_graph
+from fastm3ae.training.parallel import Copy
 from fastm3ae.training.step import OptimizerStep
 
 OPTIONS = {"share_texts": False, "checkpoint_activations": False, "compiled": False}
@@ -45,9 +46,8 @@ def steps(model, is_recorded, pieces_of, record=run_again, say=lambda line: None
     recorded = PassGraphs(model, False, False, say, record) if is_recorded else None
     # A small eps would make much of gradients that are zero but for rounding.
     config = OptimConfig(learning_rate=0.1, eps=1.0, clip_grad_norm=1.0)
-    step = OptimizerStep(
-        model, config, 10, Processes(str(model.image_proj.weight.device)), autocast, False, OPTIONS, recorded
-    )
+    processes = Processes(str(model.image_proj.weight.device))
+    step = OptimizerStep(Copy(model), config, 10, processes, autocast, False, OPTIONS, recorded)
     metrics = []
     for pieces in pieces_of:
         found = step(pieces, step.count(pieces))
@@ -120,7 +120,7 @@ def test_replays_draw_new_dropout(dtype):
     model = small_gpu_model(dropout_frac=0.3).train()
     batch = to_float32(batches(model)[0]).to("cuda")
     recorded = PassGraphs(model, False, False, lambda line: None, record_graph)
-    step = OptimizerStep(model, OptimConfig(), 10, Processes("cuda"), nullcontext, False, OPTIONS, recorded)
+    step = OptimizerStep(Copy(model), OptimConfig(), 10, Processes("cuda"), nullcontext, False, OPTIONS, recorded)
     step.autocast = lambda: torch.autocast("cuda", dtype)
     losses = [recorded(batch, [1.0] * 3, step._run)["mlm"]["loss"].item() for _ in range(8)]
     assert len(set(losses)) > 4 and torch.tensor(losses).std() < 1

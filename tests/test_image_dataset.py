@@ -1,11 +1,10 @@
 """Images with labels and masks as a data set: what comes out, and which files and rows are refused."""
 
-import io
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from image_models import png
 
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, SEGMENTATION_COLUMNS, write_pairs
 from fastm3ae.data.datasets import ImageDataset
@@ -13,12 +12,6 @@ from fastm3ae.data.describe import describe_arrow
 from fastm3ae.errors import BadSample, UserError
 
 CLASSES = ["edema", "mass"]
-
-
-def png(pixels):
-    stream = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def row(number, labels=(0, 1), **changes):

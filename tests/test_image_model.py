@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from fastm3ae import objectives
 from fastm3ae.config import FinetuneConfig, ImageConfig, OptimConfig, PretrainConfig, TaskConfig
-from fastm3ae.convert import to_official
 from fastm3ae.data.batch import LabelBatch, MaskBatch
 from fastm3ae.errors import UserError
 from fastm3ae.model.image_model import ImageModel
-from fastm3ae.pretrained import convert_checkpoint, init_model, load_model, load_tower_weights, save_model
 from fastm3ae.training.optim import parameter_groups
+from fastm3ae.weights.convert import to_official
+from fastm3ae.weights.pretrained import convert_checkpoint, init_model, load_model, save_model
+from fastm3ae.weights.towers import load_tower_weights
 
 CASES = [
     ("vit", "image_classification", "cls"),

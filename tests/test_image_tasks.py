@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.config import FinetuneConfig, ImageConfig, TaskConfig
+from fastm3ae.config.presets import FINETUNE_PRESETS, preset
 from fastm3ae.data.arrow import IMAGE_LABEL_COLUMNS, write_pairs
 from fastm3ae.errors import UserError
-from fastm3ae.presets import FINETUNE_PRESETS, preset
-from fastm3ae.pretrained import save_weights
 from fastm3ae.tasks.registry import make_task
 from fastm3ae.tasks.task import NUM_HARDEST
 from fastm3ae.training.finetune import start_from
 from fastm3ae.visualize import draw_outline
+from fastm3ae.weights.pretrained import save_weights
 
 TRAIN = [
     "--train.device", "cpu", "--train.num-workers", "0", "--train.no-tensorboard", "--train.batch-size", "16",

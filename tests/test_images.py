@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torchvision import transforms
 
 from fastm3ae.data.arrow import ArrowTable
-from fastm3ae.data.images import TRANSFORMS, decode_image, make_transform, normalization, normalize
+from fastm3ae.data.decode import FORMATS, decode_image
+from fastm3ae.data.images import TRANSFORMS, make_transform, normalization, normalize
 from fastm3ae.errors import UserError
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "data"
@@ -304,3 +305,25 @@ def test_damaged_bytes_never_raise_anything_else():
                     assert str(error)
                     outcomes.add("refused")
     assert outcomes == {"decoded", "refused"}
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "TGA", "DDS"])
+def test_other_formats_are_refused(format, monkeypatch):
+    """Of EPS because Pillow runs Ghostscript; of the others because nobody needs them."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match="of no known format, expected BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"):
+        decode_image(encoded(random_image("RGB"), format))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_known_format_is_read(format):
+    assert decode_image(encoded(random_image("RGB"), format)).size == (67, 51)
+
+
+def test_a_palette_that_is_missing_is_a_reason():
+    """Pillow asserts that there is one, but only where it is asked whether the image is transparent."""
+    data = encoded(random_image("RGB").quantize(60), "PNG")
+    start = data.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    with pytest.raises(ValueError, match="the image cannot be decoded: AssertionError"):
+        decode_image(data[:start] + data[end:])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastm3ae.config import FinetuneConfig, ImageConfig, TaskConfig, VisionConfig
 from fastm3ae.data.arrow import SEGMENTATION_COLUMNS, write_pairs
-from fastm3ae.data.batches import BatchRequest
+from fastm3ae.data.collate import BatchRequest
 from fastm3ae.data.collate_images import LabelBatches, MaskBatches
 from fastm3ae.data.datasets import ImageDataset
 from fastm3ae.data.images import make_mask_transform, make_transform, normalization
@@ -78,7 +78,7 @@ def test_resized_crops_are_the_same_whatever_the_normalisation():
 def test_batches_of_labels(tmp_path):
     write_radiographs(tmp_path, sizes={"train": 6})
     batches = LabelBatches(ImageDataset([tmp_path / "made_train.arrow"]), make_transform("clip", 16), seed=3)
-    batch = batches[BatchRequest(0, 0, [4, 1, 3], slice(0, 2))]
+    batch = batches[BatchRequest(0, 0, [4, 1, 3], [0, 1])]
     assert batch.item_ids == ["train/4.png", "train/1.png"] and batch.pairs == [4, 1] and len(batch) == 2
     assert batch.groups == ["train 2", "train 0"]
     assert torch.equal(batch.label_BC, torch.from_numpy(batches.dataset.labels[[4, 1]]))

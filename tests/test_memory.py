@@ -1,5 +1,6 @@
-"""How many pairs fit: try, and halve."""
+"""How many pairs fit: in as few passes as possible."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,19 +16,40 @@ from fastm3ae.training.memory import fit_micro_batch, largest_that_fits
 from fastm3ae.training.pretrain import longest_batch
 
 
+def full():
+    return torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.parametrize(
-    ("most", "limit", "fits"), [(256, 256, 256), (256, 40, 32), (100, 30, 25), (7, 1, 1), (5, 3, 3)]
+    ("most", "limit", "fits"),
+    [(256, 256, 256), (256, 40, 37), (100, 30, 25), (7, 1, 1), (5, 3, 3), (20, 2, 2), (9, 8, 5)],
 )
-def test_halving(most, limit, fits):
+def test_as_few_passes_as_fit(most, limit, fits):
     tried = []
 
     def attempt(size):
         tried.append(size)
         if size > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise full()
 
-    assert largest_that_fits(most, attempt) == fits == tried[-1]
-    assert tried[0] == most and all(after == -(-before // 2) for before, after in zip(tried, tried[1:], strict=False))
+    assert largest_that_fits(most, attempt) == fits
+    assert tried[0] == most and len(set(tried)) == len(tried) <= 2 * math.ceil(math.log2(most)) + 1
+
+
+def test_no_pass_could_be_saved(monkeypatch):
+    """For any memory: with one pass less, some pass would not fit."""
+    monkeypatch.setattr("gc.collect", lambda: 0)  # takes its time, thousands of times
+    for most in range(1, 80):
+        for limit in range(1, most + 1):
+
+            def attempt(size, limit=limit):
+                if size > limit:
+                    raise full()
+
+            found = largest_that_fits(most, attempt)
+            num_passes = -(-most // found)
+            assert found == -(-most // num_passes) <= limit
+            assert num_passes == 1 or -(-most // (num_passes - 1)) > limit
 
 
 def test_not_even_one():

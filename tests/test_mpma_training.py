@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -15,20 +16,20 @@ from test_distributed import torchrun
 
 from fastm3ae.cli import main
 from fastm3ae.config import MPMAConfig, PretrainConfig
-from fastm3ae.configfile import from_dict, to_dict
+from fastm3ae.config.files import from_dict, to_dict
+from fastm3ae.config.presets import preset
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.data.loader import pretrain_loader
 from fastm3ae.data.text import load_tokenizer
 from fastm3ae.errors import UserError
 from fastm3ae.model.alignment import GlobalFeatures
 from fastm3ae.model.mpma import MPMA
-from fastm3ae.presets import preset
-from fastm3ae.pretrained import init_model, load_model, load_tower_weights, save_model
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.optim import parameter_groups
-from fastm3ae.training.resume import check_same_run
 from fastm3ae.training.retrieval import Retrieval
 from fastm3ae.training.validation import validate
+from fastm3ae.weights.pretrained import init_model, load_model, save_model
+from fastm3ae.weights.towers import load_tower_weights
 
 MODEL = {
     "kind": "mpma",
@@ -103,9 +104,7 @@ def test_the_configuration_of_a_run_makes_it_again(folder):
 def test_a_stopped_run_goes_on_exactly(folder):
     assert run(folder, output="half", num_steps=6, save_every_steps=4) == 0
     (newest,) = (folder / "half" / "checkpoints").glob("step_000006")
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
+    shutil.rmtree(newest)
     (folder / "half" / "summary.json").unlink()
     assert run(folder, "--resume", "auto", output="half", num_steps=6, save_every_steps=4) == 0
     assert lines(folder / "half") == lines(folder / "run")
@@ -249,16 +248,6 @@ def test_mistakes_end_with_one_sentence(folder, capsys, name):
         status = error.code
     captured = capsys.readouterr()
     assert status == 2 and message in captured.err + captured.out and "Traceback" not in captured.err
-
-
-def test_a_checkpoint_from_before_there_were_two_models_goes_on():
-    config = PretrainConfig()
-    then = to_dict(config)
-    del then["model"]["kind"]
-    state = {"config": then, "fingerprints": {}, "num_processes": 1}
-    assert check_same_run(state, config, {}, 1) == []
-    with pytest.raises(UserError, match="model.kind is 'mpma', was 'm3ae'"):
-        check_same_run(state, preset("mpma"), {}, 1)
 
 
 def test_groups_of_the_optimiser():

@@ -9,11 +9,11 @@ import yaml
 
 from fastm3ae.cli import main
 from fastm3ae.config import FinetuneConfig, PretrainConfig
-from fastm3ae.configfile import differences, from_dict, to_dict
+from fastm3ae.config.files import differences, from_dict, to_dict
+from fastm3ae.config.presets import FINETUNE_PRESETS, preset
 from fastm3ae.errors import UserError
 from fastm3ae.official.arguments import NAMED_CONFIGS, arguments_of, parse_official
 from fastm3ae.official.translate import to_run_config
-from fastm3ae.presets import FINETUNE_PRESETS, preset
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 RECORDED = json.loads((GOLDEN / "resolved_official_configs.json").read_text())
@@ -354,6 +354,24 @@ def test_from_official_prints_the_configuration_that_with_runs(tmp_path, monkeyp
     assert len(ran) == 2  # printing runs nothing
 
 
+def test_profile_measures_the_run_of_an_official_line(tmp_path, monkeypatch, capsys):
+    from fastm3ae.training import profile
+
+    class Measured:
+        def render(self):
+            return "measured"
+
+    asked = []
+    monkeypatch.setattr(profile, "profile", lambda config, **options: asked.append(config) or Measured())
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "--from-official", PRETRAIN, "--train.micro-batch", "3"]) == 0
+    assert capsys.readouterr().out == "measured\n"
+    changed = differences(to_dict(translated(PRETRAIN)[0]), to_dict(asked[0]))
+    assert changed["train.micro_batch"][1] == 3 and len(changed) == 1
+    assert main(["profile", "--from-official", "with task_finetune_cls_melinda_p_meth data_root=d"]) == 2
+    assert "is for `fastm3ae finetune classification --from-official`, not profile" in capsys.readouterr().err
+
+
 def test_help_and_mistakes_through_the_command(capsys):
     for arguments in (["with"], ["with", "--help"], ["with", "clip16", "-h"]):
         assert main(arguments) == 0
@@ -365,6 +383,11 @@ def test_help_and_mistakes_through_the_command(capsys):
     assert "error: test_only=True needs the checkpoint to test" in capsys.readouterr().err
     assert main(["finetune", "vqa", "--from-official", PRETRAIN]) == 2
     assert "task_pretrain_m3ae is for `fastm3ae pretrain --from-official`, not finetune vqa" in capsys.readouterr().err
+    melinda = "with task_finetune_cls_melinda_p_meth data_root=d load_path=gone.ckpt"
+    assert main(["finetune", "vqa", "--from-official", melinda]) == 2
+    assert "is for `fastm3ae finetune classification --from-official`, not finetune vqa" in capsys.readouterr().err
+    assert main(["finetune", "classification", "--from-official", melinda]) == 0  # the checkpoint is not looked for
+    assert yaml.safe_load(capsys.readouterr().out)["init_from"] == "gone.ckpt"
     with pytest.raises(SystemExit, match="2"):
         main(["pretrain", "--preset", "demo", "--from-official", PRETRAIN])
     assert "not allowed with argument" in capsys.readouterr().err

@@ -3,9 +3,9 @@ import torch
 from models import small_model
 
 from fastm3ae.config import OptimConfig
-from fastm3ae.convert import official_names
 from fastm3ae.errors import UserError
 from fastm3ae.training.optim import OfficialAdamW, build_optimizer, build_schedule, parameter_groups
+from fastm3ae.weights.convert import official_names
 
 # The original's lists, by which it sorts parameters of its own names.
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight", "norm.bias", "norm.weight", "norm1.bias", "norm1.weight",

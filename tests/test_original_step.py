@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastm3ae import objectives
 from fastm3ae.config import OptimConfig
-from fastm3ae.convert import to_official, unused_by_original
 from fastm3ae.model.m3ae import M3AE
+from fastm3ae.weights.convert import to_official, unused_by_original
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 C1 = GOLDEN / "c1_clip_roberta_pretrain.safetensors"

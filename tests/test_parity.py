@@ -11,8 +11,8 @@ import torch
 from parity_model import build, check_model, load_state, make_batches, run
 from safetensors.torch import load_file
 
-from fastm3ae.convert import config_from_official, from_official
 from fastm3ae.model.m3ae import M3AE
+from fastm3ae.weights.convert import config_from_official, from_official
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 C1 = GOLDEN / "c1_clip_roberta_pretrain.safetensors"

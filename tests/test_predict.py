@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from bombs import png_header
 from corpus import png
 from PIL import Image
 from runs import run, write_corpus
@@ -17,8 +18,8 @@ from test_finetune import finetune
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import ArrowTable
 from fastm3ae.errors import UserError
-from fastm3ae.pretrained import WEIGHTS_FILE, read_about, save_weights
 from fastm3ae.tasks.predict import Predictor
+from fastm3ae.weights.pretrained import WEIGHTS_FILE, read_about, save_weights
 
 QUESTIONS = ("is the image dark", "which side is the lesion")
 
@@ -138,6 +139,7 @@ def test_without_a_question_or_an_image(folder, answers, classes, tmp_path):
         (lambda: answers.answer(tmp_path, "a"), r"The image .* cannot be read: Is a directory.$"),
         (lambda: answers.answer(tmp_path / "text.png", "a"), r"text.png cannot be used: the image cannot be decoded: "),
         (lambda: answers.answer_all([(image, "a"), (png(1)[:40], "a")]), "The image number 2 cannot be used: the ima"),
+        (lambda: answers.answer(png_header(30_000, 30_000), "a"), r"exceeds limit of \d+ pixels"),
         (lambda: answers.answer(image, "a", top=0), "top must be at least 1, got 0"),
         (lambda: answers.classify(image, "a"), "best was fine-tuned for vqa, not for classification: ask it by fastm3"),
         (lambda: classes.answer(image, "a"), "for classification, not for vqa: .* predict classification, .* classify"),

@@ -1,5 +1,6 @@
 """Preparation: the original's rows from the releases' layouts, everything left out is reported, mistakes are named."""
 
+import gzip
 import json
 import os
 import random
@@ -11,12 +12,15 @@ from prepared import REFERENCES, SPLITS, ids, image_bytes, left_out, rows, write
 from fastm3ae.data.arrow import CAPTION_COLUMNS, ArrowTable
 from fastm3ae.data.prepare import (
     SOURCES,
+    OwnDataOptions,
     common,
     prepare_irtr_roco,
     prepare_jsonl,
     prepare_medicat,
     prepare_roco,
+    workers,
 )
+from fastm3ae.data.prepare.common import PrepareReport, Sample, write_splits
 from fastm3ae.errors import UserError
 
 
@@ -307,15 +311,14 @@ def test_release_without_any_image_writes_nothing(roco, tmp_path):
 
 def test_progress_and_order_with_many_images(tmp_path, monkeypatch):
     """Images are read ahead in threads, yet stay in order; progress counts each once."""
-    monkeypatch.setattr(common, "READ_AHEAD", 3)
+    monkeypatch.setattr(workers, "READ_AHEAD", 3)
     lines = [{"image": f"{i}.png", "caption": f"number {i}"} for i in range(40)]
     for i in range(40):
         write(tmp_path / f"{i}.png", image_bytes(i) if i != 11 else b"broken")
     write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
     calls = []
-    prepare_jsonl(
-        tmp_path / "t.jsonl", tmp_path / "out", val_frac=0, test_frac=0, progress=lambda *call: calls.append(call)
-    )
+    options = OwnDataOptions(val_frac=0, test_frac=0)
+    prepare_jsonl(tmp_path / "t.jsonl", tmp_path / "out", further=options, progress=lambda *call: calls.append(call))
     assert calls == [(i, 40) for i in range(1, 41)]
     table = ArrowTable([tmp_path / "out/t_train.arrow"])
     assert [table.row(i, "image_id") for i in range(39)] == [f"{i}.png" for i in range(40) if i != 11]
@@ -348,3 +351,34 @@ def test_sources_name_every_function():
     assert set(SOURCES) == pretraining | downstream | uni_modal | {"csv", "jsonl", "folder"}
     assert SOURCES["slack"] is SOURCES["slake"] and len(set(SOURCES.values())) == len(SOURCES) - 1
     assert all(source.__doc__ for source in SOURCES.values())
+
+
+@pytest.mark.parametrize("image", ["../b.png", "x/../../b.png", "/etc/b.png", "../train_2/b.png"])
+def test_images_outside_of_the_folder_are_not_read(tmp_path, image):
+    """A release's table comes from others: it must not take a private image into a file that is passed on."""
+    root = tmp_path / "train"
+    root.mkdir()
+    with pytest.raises(UserError, match="lies outside of .*train, from where nothing is read"):
+        write_splits([Sample("train", image, ["a text"])], root, tmp_path / "out", PrepareReport("made"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_tables_and_lines_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "LONGEST_LINE", 100)
+    monkeypatch.setattr(common, "LONGEST_UNPACKED", 1000)
+    (tmp_path / "a.csv").write_text("x" * 100)
+    assert [len(line) for _, line in common.read_lines(tmp_path / "a.csv")] == [100]
+    (tmp_path / "a.csv").write_text("a\n" + "x" * 101)
+    with pytest.raises(UserError, match=r"a\.csv, line 2 is longer than 100 characters"):
+        list(common.read_lines(tmp_path / "a.csv"))
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as packed:
+        packed.write(("x" * 49 + "\n") * 10**5)
+    with pytest.raises(UserError, match=r"a\.csv\.gz unpacks to more than 1000 characters"):
+        list(common.read_lines(tmp_path / "a.csv.gz"))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_python_has_no_room_for(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1 is not valid JSON: "):
+        list(common.read_json_lines(tmp_path / "a.jsonl"))

@@ -13,7 +13,8 @@ from prepared import SPLITS, image_bytes, left_out, write
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import MELINDA_COLUMNS, ArrowTable
-from fastm3ae.data.collate import BatchRequest, ClassificationBatches
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import ClassificationBatches
 from fastm3ae.data.datasets import ClassificationDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.prepare import prepare_melinda

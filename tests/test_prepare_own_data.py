@@ -6,6 +6,8 @@ import pytest
 from prepared import SPLITS, ids, image_bytes, left_out, rows, write
 
 from fastm3ae.data.prepare import (
+    Columns,
+    OwnDataOptions,
     prepare_csv,
     prepare_folder,
     prepare_jsonl,
@@ -32,8 +34,8 @@ def table(tmp_path):
 
 def test_csv(table, tmp_path):
     out = tmp_path / "out"
-    options = {"image_column": "path", "text_columns": ["impression", "findings"], "split_column": "fold"}
-    report = prepare_csv(table, out, name="mine", **options)
+    columns = Columns(image_column="path", text_columns=["impression", "findings"], split_column="fold")
+    report = prepare_csv(table, out, name="mine", columns=columns)
     assert rows(out, "mine", "train") == {
         "images/a.png": ["Effusion", "Large effusion, left. No pneumothorax.", "Again a"]
     }
@@ -41,18 +43,19 @@ def test_csv(table, tmp_path):
     assert rows(out, "mine", "test") == {"images/d.png": ["D again", "d"]}
     assert left_out(report) == {"row without a text": 1, "row without an image": 1}
     assert "line 6" in report.render() and "line 7" in report.render()
-    prepare_csv(table, out, **options, min_words=2)
+    prepare_csv(table, out, columns=columns, further=OwnDataOptions(min_words=2))
     assert rows(out, "My reports", "train") == {"images/a.png": ["Large effusion, left. No pneumothorax.", "Again a"]}
 
 
 def test_csv_without_the_column_names_the_nearest(table, tmp_path):
     with pytest.raises(UserError, match=r"has no column 'finding'; its columns are path, .*Did you mean 'findings'\?"):
-        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["finding"])
+        prepare_csv(table, tmp_path / "out", columns=Columns(image_column="path", text_columns=["finding"]))
     with pytest.raises(UserError, match="has no column 'image'"):
         prepare_csv(table, tmp_path / "out")
     with pytest.raises(UserError, match="'fold' must be one of train, .* got 'xtrain'"):
         write(table, table.read_text().replace(",train", ",xtrain"))
-        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["findings"], split_column="fold")
+        columns = Columns(image_column="path", text_columns=["findings"], split_column="fold")
+        prepare_csv(table, tmp_path / "out", columns=columns)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +85,9 @@ def test_tabs_semicolons_and_byte_order_marks(tmp_path):
     write(tmp_path / "a.png", image_bytes())
     write(tmp_path / "t.tsv", "\ufeffimage\tcaption\na.png\tone, two; three\n")
     write(tmp_path / "s.csv", "image;caption\r\na.png;one, two\r\n")
-    prepare_csv(tmp_path / "t.tsv", tmp_path / "out", val_frac=0, test_frac=0)
-    prepare_csv(tmp_path / "s.csv", tmp_path / "out", val_frac=0, test_frac=0, delimiter=";")
+    train_alone = OwnDataOptions(val_frac=0, test_frac=0)
+    prepare_csv(tmp_path / "t.tsv", tmp_path / "out", further=train_alone)
+    prepare_csv(tmp_path / "s.csv", tmp_path / "out", further=train_alone, delimiter=";")
     assert rows(tmp_path / "out", "t", "train") == {"a.png": ["one, two; three"]}
     assert rows(tmp_path / "out", "s", "train") == {"a.png": ["one, two"]}
 
@@ -95,8 +99,8 @@ def test_random_splits_keep_groups_together_and_follow_the_seed(tmp_path):
     file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
 
     def split_of_patients(seed):
-        options = {"group_column": "patient", "val_frac": 0.2, "test_frac": 0.1, "seed": seed}
-        prepare_jsonl(file, tmp_path / "out", **options)
+        options = OwnDataOptions(val_frac=0.2, test_frac=0.1, seed=seed)
+        prepare_jsonl(file, tmp_path / "out", columns=Columns(group_column="patient"), further=options)
         found = {}
         for split in SPLITS:
             for image in ids(tmp_path / "out", "t", split):
@@ -117,7 +121,7 @@ def test_every_wanted_split_of_a_small_set_gets_an_image(tmp_path):
     assert [part.num_images for part in report.splits.values()] == [2, 1, 1]
     assert "drawn at random (seed 0)" in report.render()
     with pytest.raises(UserError, match="together less than 1, got 0.5 and 0.5"):
-        prepare_folder(tmp_path, tmp_path / "out", name="few", val_frac=0.5, test_frac=0.5)
+        prepare_folder(tmp_path, tmp_path / "out", name="few", further=OwnDataOptions(val_frac=0.5, test_frac=0.5))
 
 
 def test_jsonl(tmp_path):
@@ -128,8 +132,8 @@ def test_jsonl(tmp_path):
         {"file": str(tmp_path / "x/a.png"), "title": "By its whole path", "split": "test"},
     ]
     file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, records)) + "\n\n")
-    options = {"image_column": "file", "text_columns": ("title", "texts"), "split_column": "split"}
-    prepare_jsonl(file, tmp_path / "out", image_root=tmp_path / "x", **options)
+    columns = Columns(image_column="file", text_columns=("title", "texts"), split_column="split")
+    prepare_jsonl(file, tmp_path / "out", image_root=tmp_path / "x", columns=columns)
     assert rows(tmp_path / "out", "t", "val") == {"a.png": ["First text", "Second text", "A title"]}
     assert list(rows(tmp_path / "out", "t", "test").values()) == [["By its whole path"]]
 
@@ -152,7 +156,7 @@ def test_jsonl_of_other_types_is_located(tmp_path, line, message):
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b"])
 def test_name_must_be_part_of_a_file_name(table, tmp_path, name):
     with pytest.raises(UserError, match="becomes a part of file names"):
-        prepare_csv(table, tmp_path / "out", image_column="path", text_columns=["findings"], name=name)
+        prepare_csv(table, tmp_path / "out", columns=Columns(image_column="path", text_columns=["findings"]), name=name)
 
 
 # Folders
@@ -186,7 +190,7 @@ def test_folder_with_splits(tmp_path):
     assert rows(tmp_path / "out", "own", "test") == {"test/d.tiff": ["Plain text first", "A lone string"]}
     assert {reason: items for reason, items in report.dropped.items()} == {
         "image outside of the split folders": ["loose.png"],
-        "image without a text in a .txt or .json file beside it": ["test/alone.png"],
+        "image without a text in a .txt, .json or .xml file beside it": ["test/alone.png"],
         "text file without an image beside it": ["test/orphan.txt"],
     }
 
@@ -205,9 +209,9 @@ def test_folder_follows_links_and_names_what_is_no_file(tmp_path):
 
 def test_folder_without_images_says_what_there_is(tmp_path):
     for i in range(3):
-        write(tmp_path / f"dicom/{i}.dcm", b"DICM")
-    with pytest.raises(UserError, match=r"holds no image \(\.bmp, .*\); it holds 3 x \.dcm"):
-        prepare_folder(tmp_path / "dicom", tmp_path / "out")
+        write(tmp_path / f"videos/{i}.mp4", b"ftyp")
+    with pytest.raises(UserError, match=r"holds no image \(\.bmp, .*\.dcm, .*\.nii\.gz\); it holds 3 x \.mp4"):
+        prepare_folder(tmp_path / "videos", tmp_path / "out")
     with pytest.raises(UserError, match="nowhere does not exist"):
         prepare_folder(tmp_path / "nowhere", tmp_path / "out")
 

@@ -10,7 +10,7 @@ from prepared import SPLITS, image_bytes, left_out, rows, write
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import MIMIC_CXR_COLUMNS, ArrowTable
 from fastm3ae.data.datasets import PairDataset
-from fastm3ae.data.prepare import PrepareReport, prepare_csv, prepare_jsonl, prepare_mimic_cxr
+from fastm3ae.data.prepare import Columns, OwnDataOptions, PrepareReport, prepare_csv, prepare_jsonl, prepare_mimic_cxr
 from fastm3ae.data.prepare.mimic_cxr import CHEXPERT_LABELS
 from fastm3ae.data.prepare.reports import SECTIONS, TextChoice, choose_texts, find_sections
 from fastm3ae.errors import UserError
@@ -154,7 +154,10 @@ def test_texts_of_a_row_are_joined_for_tables_too(tmp_path):
     write(tmp_path / "a.png", image_bytes())
     write(tmp_path / "t.csv", "image,findings,impression\na.png,Good lungs.,Normal.\na.png,,Again.\n")
     write(tmp_path / "t.jsonl", '{"image": "a.png", "findings": ["Good", "lungs."], "impression": "Normal."}\n')
-    options = {"text_columns": ("impression", "findings"), "join": True, "val_frac": 0, "test_frac": 0}
+    options = {
+        "columns": Columns(text_columns=("impression", "findings")),
+        "further": OwnDataOptions(join=True, val_frac=0, test_frac=0),
+    }
     prepare_csv(tmp_path / "t.csv", tmp_path / "out", **options)
     assert rows(tmp_path / "out", "t", "train") == {"a.png": ["Normal. Good lungs.", "Again."]}
     prepare_jsonl(tmp_path / "t.jsonl", tmp_path / "out", **options)

@@ -10,7 +10,8 @@ from prepared import SPLITS, left_out, write
 from vqa_trees import SLAKE, column, facts, medvqa_lines, slake, write_official, write_originals_layout, write_slake
 
 from fastm3ae.cli import main
-from fastm3ae.data.collate import BatchRequest, VqaBatches
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import VqaBatches
 from fastm3ae.data.datasets import VqaDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.prepare import prepare_medvqa_2019, prepare_slake, prepare_vqa_rad

@@ -9,7 +9,8 @@ from vqa_trees import column, facts, rad, rad_splits, write_images, write_rad
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import VQA_COLUMNS, ArrowTable
-from fastm3ae.data.collate import BatchRequest, VqaBatches
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import VqaBatches
 from fastm3ae.data.datasets import VqaDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.data.prepare import prepare_vqa_rad

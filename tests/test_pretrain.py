@@ -17,10 +17,11 @@ from runs import NO_DROPOUT, losses, run, write_corpus
 from safetensors.torch import load_file
 
 from fastm3ae.cli import main
+from fastm3ae.config.presets import preset
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.errors import UserError
-from fastm3ae.presets import preset
 from fastm3ae.training.run import check_device
+from fastm3ae.weights.pretrained import read_about
 
 
 @pytest.fixture
@@ -55,6 +56,8 @@ def test_a_run_leaves_everything_behind(corpus):
     assert resolved["model"]["text"]["vocab_size"] == 60 and resolved["data"]["datasets"] == ["made"]
     assert "torch" in json.loads((folder / "environment.json").read_text())["libraries"]
     assert any((folder / "tensorboard").iterdir())
+    _, about = read_about(folder / "checkpoints" / "step_000004")
+    assert (about["step"], about["validated_step"]) == (4, 3) and about["validation"].keys() <= summary.keys()
 
 
 def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(corpus):

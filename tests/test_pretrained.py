@@ -13,10 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from fastm3ae.config import TextConfig
-from fastm3ae.convert import to_official
 from fastm3ae.errors import UserError
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.pretrained import load_tower_weights, resolve_text
+from fastm3ae.weights.convert import to_official
+from fastm3ae.weights.towers import load_tower_weights, resolve_text
 
 
 def plain_vit(depth=3, size=64):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fastm3ae import objectives
 from fastm3ae.cli import main
 from fastm3ae.config import PretrainConfig
-from fastm3ae.configfile import from_dict
+from fastm3ae.config.files import from_dict
 from fastm3ae.device import batch_mover
 from fastm3ae.model.m3ae import M3AE
 from fastm3ae.training import profile as profiling

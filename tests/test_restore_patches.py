@@ -2,19 +2,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_gather_patches import assert_all_equal, assert_at_most_twice_the_error
+from test_gather_patches import assert_all_equal, assert_at_most_twice_the_error, each_device, each_dtype
 
 from fastm3ae.kernels import restore_patches
 from fastm3ae.kernels.restore_patches import restore_patches_backward_reference, restore_patches_reference
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# x, and mask token and positions: as under autocast, where the parameters stay float32, and of the same dtype.
-DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16),
-    "autocast": (torch.bfloat16, torch.float32),
-}
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -54,8 +45,6 @@ CASES = {
     "official": Case(4, 324, 81, 384),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-each_device = pytest.mark.parametrize("device", DEVICES)
 ODD = CASES["odd"]
 
 
@@ -210,7 +199,7 @@ def test_nan_stays_where_it_is(device):
 def test_an_index_out_of_range_is_an_error(index):
     x, restore, mask_token, positions = ODD.inputs()
     restore[2, 3] = index
-    with pytest.raises(RuntimeError, match="index"):
+    with pytest.raises(IndexError, match="restore must be indices from 0 to 14, got"):
         restore_patches(x, restore, mask_token, positions)
 
 

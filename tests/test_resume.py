@@ -3,25 +3,26 @@
 import dataclasses
 import json
 import os
-import random
+import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from corpus import caption_rows
-from runs import GPU_MODEL, command, losses, run, write_corpus
+from models import small_model
+from runs import GPU_MODEL, losses, run, write_corpus
 from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
 from fastm3ae.training import pretrain
-from fastm3ae.training.checkpoint import STATE_FILE, Checkpointer, checkpoints, copy_to_host, damage, newest_whole
+from fastm3ae.training.checkpoint import Checkpointer
+from fastm3ae.training.distributed import Processes
 from fastm3ae.training.loop import Trainer
 from fastm3ae.training.run_folder import RunFolder
+from fastm3ae.training.saved import STATE_FILE, checkpoints, damage, newest_whole, read_own
 from fastm3ae.training.step import OptimizerStep
+from fastm3ae.weights.pretrained import read_about
 
 # Checkpoints fall in the middle of epochs (3 batches) and of logged windows; two passes a step; dropout everywhere.
 TRAIN = {"num_steps": 11, "log_every_steps": 4, "validate_every_steps": 5, "save_every_steps": 3, "micro_batch": 5,
@@ -56,6 +57,10 @@ def at_batch(monkeypatch, number, action):
 
 def kill():
     raise Killed
+
+
+def save(checkpointer, step, model, parts=(), is_best=False):
+    checkpointer.save(step, model.config, model.state_dict(), dict(parts), {}, {"step": step}, is_best)
 
 
 def weights(folder, output):
@@ -136,30 +141,6 @@ def test_a_signal_in_validation(folder, monkeypatch, number, step):
     assert_as_uninterrupted(folder, output)
 
 
-def test_a_process_killed_three_times(folder):
-    """kill -9 at random moments, in and between checkpoints; the metrics are those of the uninterrupted run."""
-    steps = {"num_steps": 40, "save_every_steps": 2, "validate_every_steps": 10, "num_workers": 1}
-    assert run(folder, output="long", train={**TRAIN, **steps}) == 0
-    arguments = command(folder, "--resume", "auto", output="shot", train={**TRAIN, **steps})
-    start = lambda: subprocess.Popen([sys.executable, "-m", "fastm3ae", *arguments], stderr=subprocess.PIPE)  # noqa: E731
-    metrics = folder / "shot" / "metrics.jsonl"
-    rng, shots = random.Random(0), 0
-    while shots < 3:
-        process = start()
-        seen = metrics.stat().st_size if metrics.exists() else 0
-        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= seen):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-        shots += 1
-    process = start()
-    _, error = process.communicate()
-    assert process.returncode == 0, error.decode()
-    assert losses(folder / "shot") == losses(folder / "long")
-
-
 def test_resuming_what_is_complete_changes_nothing(folder):
     before = losses(folder / "whole")
     assert run(folder, "--resume", "auto", output="whole", train=TRAIN) == 0
@@ -177,6 +158,19 @@ def test_resuming_a_checkpoint_by_its_path(folder, capsys):
     ):
         assert run(folder, "--resume", str(path), output="branch", train=TRAIN) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_a_run_started_from_may_be_gone(folder, monkeypatch):
+    shutil.copytree(folder / "whole" / "checkpoints" / "best", folder / "origin")
+    arguments = ["--init-from", str(folder / "origin"), "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        at_batch(patch, 5, kill)
+        with pytest.raises(Killed):
+            run(folder, *arguments, output="from_origin", train=TRAIN)
+    shutil.rmtree(folder / "origin")
+    assert run(folder, *arguments, output="from_origin", train=TRAIN) == 0
+    _, about = read_about(folder / "from_origin" / "checkpoints" / "step_000011")
+    assert about["config"]["init_from"] == str(folder / "origin") and about["weights_were_random"]
 
 
 def test_a_run_folder_that_is_none_is_left_alone(folder, capsys):
@@ -311,13 +305,11 @@ def test_damage_is_named(stopped):
 
 def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys):
     """Files stop growing at some size, as on a full disk; every place of the failure leaves what was there before."""
-    from models import small_model
-
     model = small_model()
     for limit in (0, 2_000, 400_000):
         path = folder / f"full_{limit}"
-        checkpointer = Checkpointer(path, keep=2)
-        checkpointer.save(1, model, {"step": 1, "values": torch.zeros(200_000)}, is_best=True)
+        checkpointer = Checkpointer(path, Processes("cpu"), keep=2)
+        save(checkpointer, 1, model, {"values": torch.zeros(200_000)}, is_best=True)
         checkpointer.wait()
         import resource
 
@@ -325,7 +317,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            checkpointer.save(2, model, {"step": 2, "values": torch.zeros(200_000)}, is_best=True)
+            save(checkpointer, 2, model, {"values": torch.zeros(200_000)}, is_best=True)
             checkpointer.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -335,8 +327,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys)
         assert sorted(entry.name for entry in path.iterdir()) == ["best", "step_000001"]
         with pytest.raises(Exception, match="The checkpoint of step 2 could not be written"):
             checkpointer.close()
-        later = Checkpointer(path, keep=2)
-        later.save(3, model, {"step": 3}, is_best=False)
+        later = Checkpointer(path, Processes("cpu"), keep=2)
+        save(later, 3, model)
         later.close()
         assert [step for step, _ in checkpoints(path)] == [1, 3]
 
@@ -351,20 +343,44 @@ def test_a_full_device_is_one_sentence(folder, monkeypatch, capsys):
     assert "The memory of cpu was full in step 1, with passes of 5 pairs: give a smaller --train.micro-batch" in error
 
 
+def test_a_checkpoint_that_was_being_replaced_is_found(stopped, folder, capsys):
+    path = stopped / "run/checkpoints/step_000006"
+    path.rename(path.with_name(".step_000006.old"))
+    assert run(stopped, "--resume", "auto", train=TRAIN) == 0
+    assert "going on from step_000006" in capsys.readouterr().out
+    assert losses(stopped / "run") == losses(folder / "whole")
+
+
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
     (tmp_path / ".step_000004.partial").mkdir()
-    Checkpointer(tmp_path, keep=1).close()
+    Checkpointer(tmp_path, Processes("cpu"), keep=1).close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_copies_do_not_change_with_what_was_copied():
-    state = {"a": torch.ones(3), "b": [torch.zeros(2), (1, "x")]}
-    copy = copy_to_host(state)
-    state["a"].fill_(5)
-    assert torch.equal(copy["a"], torch.ones(3)) and copy["b"][1] == (1, "x")
-    again = copy_to_host(state, copy)
-    assert again["a"].data_ptr() == copy["a"].data_ptr() and torch.equal(again["a"], torch.full((3,), 5.0))
-    assert copy_to_host({"a": torch.ones(4)}, copy)["a"].shape == (4,)
+@pytest.mark.parametrize("keep_every_steps", [None, 4])
+def test_the_newest_are_kept_and_some_for_good(tmp_path, keep_every_steps):
+    checkpointer = Checkpointer(tmp_path, Processes("cpu"), keep=2, keep_every_steps=keep_every_steps)
+    for step in range(1, 12):
+        save(checkpointer, step, small_model())
+    checkpointer.close()
+    assert [step for step, _ in checkpoints(tmp_path)] == ([4, 8] if keep_every_steps else []) + [10, 11]
+
+
+def test_a_checkpoint_does_not_change_with_what_was_saved(tmp_path):
+    model, values = small_model(), torch.ones(3)
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    checkpointer = Checkpointer(tmp_path, Processes("cpu"), keep=9)
+    for step in (1, 2):  # the second time into the memory of the first
+        save(checkpointer, step, model, {"values": values, "one": torch.tensor(float(step))})
+        with torch.no_grad():
+            for tensor in (*model.state_dict().values(), values):
+                tensor.mul_(2)
+    checkpointer.close()
+    for step in (1, 2):
+        saved = load_file(tmp_path / f"step_00000{step}" / "model.safetensors")
+        assert all(torch.equal(saved[name], tensor * step) for name, tensor in want.items())
+        read = read_own(tmp_path / f"step_00000{step}", "val")
+        assert read.keys() == {"ues"} and torch.equal(read["ues"], torch.full((3,), float(step)))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from models import small_config
 from test_flops import ORIGINAL
 from test_pair_scores import one_at_a_time
+from test_step_benchmarks import run_main
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,16 +35,6 @@ def make_model(retrieval):
     import whole_step
 
     return whole_step.make_model(retrieval.timed_config()).eval()
-
-
-def run_main(retrieval, monkeypatch, *arguments):
-    """The exit status."""
-    monkeypatch.setattr(sys, "argv", ["retrieval.py", *map(str, arguments)])
-    try:
-        retrieval.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_both_ways_give_the_scores_of_the_model(retrieval):

@@ -10,7 +10,8 @@ from tasks_data import write_classes, write_vqa
 
 from fastm3ae import objectives
 from fastm3ae.config import DataConfig, FinetuneConfig, M3AEConfig, TaskConfig, VisionConfig
-from fastm3ae.data.collate import BatchRequest, ClassificationBatches, VqaBatches
+from fastm3ae.data.collate import BatchRequest
+from fastm3ae.data.collate_pairs import ClassificationBatches, VqaBatches
 from fastm3ae.data.datasets import ClassificationDataset, VqaDataset
 from fastm3ae.data.images import make_transform
 from fastm3ae.model.packed_step import plan_batch

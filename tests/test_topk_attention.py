@@ -230,7 +230,7 @@ def test_the_same_keys_and_values(device):
     assert_all_equal(got, (grad_q, grad_k + grad_v))
 
 
-@pytest.mark.parametrize("wanted", [{"q"}, {"k"}, {"v"}, {"q", "v"}], ids=str)
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qv"])
 @each_device
 def test_partial_requires_grad(wanted, device):
     inputs = ODD.inputs(device=device)
