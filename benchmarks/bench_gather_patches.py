@@ -123,7 +123,7 @@ SPEC = OpBenchmark(
             Target("accumulating", "torch.compile", 2.5),
             Target("accumulating", "copy", 0.83),
         ),
-        "cpu": (Target("forward", "eager", 0.6), Target("backward", "eager", 0.6)),
+        "cpu": (Target("forward", "eager", 1.0), Target("backward", "eager", 0.8)),
     },
     rounds={"cuda": 100, "cpu": 30},
 )

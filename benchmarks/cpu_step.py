@@ -17,7 +17,7 @@ import original_step
 import whole_step
 from whole_step import Figure, with_vocabulary
 
-from fastm3ae.presets import preset
+from fastm3ae.config.presets import preset
 
 NUM_TOKENS, LENGTHS, NUM_MASKED = 64, (24, 33, 45, 60), 6
 

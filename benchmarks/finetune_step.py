@@ -26,8 +26,8 @@ import torch
 import whole_step
 from whole_step import Figure, with_vocabulary
 
+from fastm3ae.config.presets import FINETUNE_PRESETS
 from fastm3ae.data.batch import ClassificationBatch, RetrievalBatch, VqaBatch
-from fastm3ae.presets import FINETUNE_PRESETS
 
 LENGTHS = {"vqa": (7, 8, 8, 9, 10, 10, 11, 12, 14), "classification": (29, 62), "retrieval": (24,)}
 FALSE_LENGTHS = (18, 33, 40)

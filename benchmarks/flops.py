@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastm3ae import objectives
 from fastm3ae.config import M3AEConfig
+from fastm3ae.config.presets import preset
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.presets import preset
 from fastm3ae.training.flops import DIRECTIONS, PARTS, Flops, count_flops, model_without_values
 
 NUM_PAIRS, NUM_TOKENS = 2, 64

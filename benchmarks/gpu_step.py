@@ -41,14 +41,13 @@ from original_step import OriginalStep, make_batch
 from whole_step import Figure
 
 from fastm3ae.config import M3AEConfig, PretrainConfig
+from fastm3ae.config.presets import preset
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.device import compute_dtype
 from fastm3ae.model.m3ae import M3AE
-from fastm3ae.presets import preset
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.flops import count_flops, model_without_values
 from fastm3ae.training.loop import build_step
-from fastm3ae.training.memory import largest_that_fits
 from fastm3ae.training.profile import measure_matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +90,7 @@ def original(config: PretrainConfig, model: M3AE, compiled: bool) -> Step:
 
 
 def packed(config: PretrainConfig, model: M3AE, **options: bool) -> Step:
-    train = replace(config.train, device=DEVICE, **options)
+    train = replace(config.train, device=DEVICE, micro_batch=MAX_PASS, **options)
     step = build_step(replace(config, train=train), model, NUM_STEPS, Processes(DEVICE))
     return lambda pieces: step(pieces, step.count(pieces))
 
@@ -157,23 +156,29 @@ def num_times_full() -> int:
 
 
 def prepare(config: PretrainConfig, name: str, batch_size: int) -> Contestant:
-    """Makes a variant's first steps, in passes that find enough memory."""
-    ready = []
-
-    def attempt(max_pass: int) -> None:
+    """Makes a variant's first steps, in passes of half as many pairs as long as they find too little memory."""
+    max_pass = min(batch_size, MAX_PASS)
+    while True:
         free()
-        batches = make_batches(config.model, batch_size, max_pass, NUM_BATCHES)
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_reserved()
-        step = VARIANTS[name].make(config, whole_step.make_model(config.model, DEVICE))
-        for number in range(NUM_PREPARING):
-            step(batches[number % NUM_BATCHES])
-        reserved_gib = (torch.cuda.max_memory_reserved() - before) / 2**30 if DEVICE == "cuda" else None
-        ready.append(Contestant(step, batches, max_pass, reserved_gib))
+        try:
+            return prepare_passes(config, name, batch_size, max_pass)
+        except torch.OutOfMemoryError:
+            if max_pass == 1:
+                raise
+        max_pass = -(-max_pass // 2)
 
-    largest_that_fits(min(batch_size, MAX_PASS), attempt)
-    return ready.pop()
+
+def prepare_passes(config: PretrainConfig, name: str, batch_size: int, max_pass: int) -> Contestant:
+    """Makes a variant's first steps, in passes of at most so many pairs."""
+    batches = make_batches(config.model, batch_size, max_pass, NUM_BATCHES)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+    step = VARIANTS[name].make(config, whole_step.make_model(config.model, DEVICE))
+    for number in range(NUM_PREPARING):
+        step(batches[number % NUM_BATCHES])
+    reserved_gib = (torch.cuda.max_memory_reserved() - before) / 2**30 if DEVICE == "cuda" else None
+    return Contestant(step, batches, max_pass, reserved_gib)
 
 
 def contest(

@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from fastm3ae.config import PretrainConfig
-from fastm3ae.configfile import from_dict
+from fastm3ae.config.files import from_dict
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.data.loader import pretrain_loader
 from fastm3ae.data.text import load_tokenizer
@@ -36,9 +36,9 @@ from fastm3ae.device import batch_mover
 from fastm3ae.model.alignment import alone, info_nce
 from fastm3ae.model.build import build_model
 from fastm3ae.model.mpma import MPMA
-from fastm3ae.pretrained import init_model
 from fastm3ae.training.distributed import Processes
 from fastm3ae.training.validation import validate
+from fastm3ae.weights.pretrained import init_model
 
 RECONSTRUCTION = ["image_reconstruction", "report_reconstruction"]
 VARIANTS = {

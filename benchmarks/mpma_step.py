@@ -30,9 +30,9 @@ from original_step import make_batch
 from whole_step import Figure, Losses, with_vocabulary
 
 from fastm3ae.config import MPMAConfig
+from fastm3ae.config.presets import preset
 from fastm3ae.data.batch import PretrainBatch
 from fastm3ae.model.mpma import MPMA
-from fastm3ae.presets import preset
 
 VOCAB_SIZE = 28996  # Bio_ClinicalBERT's
 LENGTHS = (20, 31, 43, 52, 61, 72, 85, 100)

@@ -118,9 +118,9 @@ def row_of(batch_size: int, variant: str, timing: Timing, first: Timing, peak_gi
     }
 
 
-def peak_gib(script: str, name: str) -> float:
+def peak_gib(script: str, name: str, *options: str) -> float:
     """The most memory that was resident in a process of its own, in which ``script --peak-of name`` says it."""
-    command = [sys.executable, script, "--peak-of", name]
+    command = [sys.executable, script, "--peak-of", name, *options]
     peak = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     print(f"{name:10} {peak:6.2f} GiB at the peak", flush=True)
     return peak
