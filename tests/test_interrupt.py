@@ -53,3 +53,47 @@ def test_the_second_ends_it(signals, status):
 def test_ctrl_c_as_the_second_is_a_keyboard_interrupt(signals):
     done = run(*signals)
     assert done.returncode == -signal.SIGINT and done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+HELD_BACK = """
+import signal
+from contextlib import nullcontext
+from fastm3ae.training.interrupt import StopRequest
+
+class Workers:
+    def __del__(self):
+        for number in {signals}:
+            signal.raise_signal(number)
+        print("ended", flush=True)
+
+with StopRequest(is_quiet=True) as stop:
+    workers = Workers()
+    with {block}:
+        del workers
+    print("noted", stop.signal.name, flush=True)
+"""
+
+
+def end_workers(*signals, block="stop.held_back()"):
+    program = HELD_BACK.format(signals=[int(one) for one in signals], block=block)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("signals", "status", "said"),
+    [
+        ([signal.SIGINT], 0, ["ended", "noted SIGINT"]),
+        ([signal.SIGINT, signal.SIGINT], -signal.SIGINT, ["ended"]),
+        ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM, ["ended"]),
+        ([signal.SIGTERM, signal.SIGINT], -signal.SIGINT, ["ended"]),
+    ],
+)
+def test_held_back_they_act_afterwards(signals, status, said):
+    done = end_workers(*signals)
+    assert (done.returncode, done.stdout.splitlines()) == (status, said) and "ignored" not in done.stderr
+
+
+def test_not_held_back_ctrl_c_would_be_forgotten():
+    """The test above can fail: Python prints what a ``__del__`` raises, and goes on."""
+    done = end_workers(signal.SIGINT, signal.SIGINT, block="nullcontext()")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["noted SIGINT"]) and "Exception ignored" in done.stderr

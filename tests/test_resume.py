@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fastm3ae.cli import main
 from fastm3ae.data.arrow import write_pairs
+from fastm3ae.data.loader import Loader
 from fastm3ae.training import pretrain
 from fastm3ae.training.checkpoint import Checkpointer
 from fastm3ae.training.distributed import Processes
@@ -139,6 +140,22 @@ def test_a_signal_in_validation(folder, monkeypatch, number, step):
         run(folder, "--resume", "auto", output=output, train=TRAIN)
     assert run(folder, "--resume", "auto", output=output, train=TRAIN) == 0
     assert_as_uninterrupted(folder, output)
+
+
+def test_ctrl_c_while_the_loaders_end(folder, monkeypatch):
+    """PyTorch ends them in a ``__del__``, which forgets what is raised there: it is raised afterwards."""
+
+    class Ending:
+        def __del__(self):
+            for _ in range(2):  # the first one is noted, too late for any further step
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "close", lambda loader: Ending() and None)
+        assert run(folder, output="at_the_end", train=TRAIN) == 130
+    assert not (folder / "at_the_end" / "summary.json").exists()
+    assert run(folder, "--resume", "auto", output="at_the_end", train=TRAIN) == 0
+    assert_as_uninterrupted(folder, "at_the_end")
 
 
 def test_resuming_what_is_complete_changes_nothing(folder):

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,6 +46,24 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While entered, holds signals back; they act after it.
+
+        For what ends in a ``__del__``, where Python prints and forgets the exception that Ctrl-C is.
+        """
+        came: list[int] = []
+        before = {number: signal.getsignal(number) for number in self._before}
+        try:
+            for number in before:
+                signal.signal(number, lambda number, frame: came.append(number))
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for number in came:
+                signal.raise_signal(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted is not None:

@@ -122,8 +122,9 @@ class Trainer:
                     self._train(bar)
             finally:
                 self._close()
-            self.train_loader.close()
-            self.val_loader.close()
+            with self.stop.held_back():
+                self.train_loader.close()
+                self.val_loader.close()
             self.watchdog.begin("summing up", waits=True)
             summary = self._summary()
         if self.run_folder is not None:
