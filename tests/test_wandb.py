@@ -49,8 +49,9 @@ def sent(file):
     for record in records(file):
         if record.HasField("history"):
             rows.append(_values(record.history.item))
-        if record.HasField("run"):
-            config = _values(record.run.config.update)
+        for part in ("run", "config"):  # each may come several times, with what has changed
+            if record.HasField(part):
+                config |= _values((record.run.config if part == "run" else record.config).update)
     return rows, config
 
 
