@@ -45,13 +45,13 @@ def records(file):
 
 def sent(file):
     """The values of each row that was logged, and the configuration."""
+    wandb.teardown()  # waits for the process that writes the file
     rows, config = [], {}
     for record in records(file):
         if record.HasField("history"):
             rows.append(_values(record.history.item))
-        for part in ("run", "config"):  # each may come several times, with what has changed
-            if record.HasField(part):
-                config |= _values((record.run.config if part == "run" else record.config).update)
+        if record.HasField("run"):
+            config |= _values(record.run.config.update)
     return rows, config
 
 
